@@ -60,6 +60,8 @@ def frequency_loss_ref(
     p, q = patch_pair(patch_size)
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, image.dtype), torch.float32)
     prediction, image = prediction.to(dtype), image.detach().to(dtype)
+    if image.numel() == 0:
+        return prediction.sum()
     height, width = image.shape[2:]
     pixels = upsample_mask(mask, (height // p, width // q), (height, width)).unsqueeze(1)
     composed = composed_image(prediction, image, pixels, visible_weight, replacement)
@@ -175,7 +177,8 @@ def _check(prediction: Tensor, image: Tensor, mask: Tensor, patch: tuple[int, in
         raise ValueError(f"{op}: prediction and image must be floating point, got {prediction.dtype} and {image.dtype}")
     if not prediction.device == image.device == mask.device:
         raise ValueError(
-            f"{op}: prediction, image and mask must share a device, got {prediction.device}, {image.device}, {mask.device}"
+            f"{op}: prediction, image and mask must share a device, got {prediction.device}, {image.device} "
+            f"and {mask.device}"
         )
     for name, value in options.items():
         if value not in CHOICES[name]:
