@@ -1,0 +1,20 @@
+// One function per operation adds its kernels to the module. Python hands over tensor.data_ptr(), sizes and strides.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace fastmim {
+
+// tensor.data_ptr() as Python gives it.
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+
+void bind_random_mask(pybind11::module_& m);
+
+}  // namespace fastmim

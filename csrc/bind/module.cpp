@@ -1,0 +1,42 @@
+#include <string>
+
+#include "bind/bind.h"
+#include "isa.h"
+#if defined(FASTMIM_CUDA_BUILD)
+#include "cuda/device.h"
+#endif
+
+namespace py = pybind11;
+
+// What `python -m fastmim.info` prints of this build and this machine.
+static py::dict build_info() {
+  py::dict info;
+#if defined(FASTMIM_X86)
+  info["compiled_for"] = "portable avx2 avx512";
+#else
+  info["compiled_for"] = "portable";
+#endif
+  info["isa"] = fastmim::isa_name(fastmim::current_isa());
+#if defined(FASTMIM_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["compiler"] = __VERSION__;
+  info["cuda"] = FASTMIM_CUDA_STATE;
+#if defined(FASTMIM_CUDA_BUILD)
+  const fastmim::CudaDevices devices = fastmim::cuda_devices();
+  info["cuda_devices"] = devices.count;
+  info["cuda_error"] = devices.error;
+#else
+  info["cuda_devices"] = 0;
+  info["cuda_error"] = "";
+#endif
+  return info;
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastmim's compiled kernels over raw pointers; call them through fastmim.ops";
+  m.def("build_info", &build_info);
+  fastmim::bind_random_mask(m);
+}
