@@ -19,7 +19,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 class Settings:
     """What the command asks of every benchmark; a benchmark's `cases(settings)` yields the cases that fit."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     quick: bool = False
     """Smoke test: a benchmark yields one or two tiny cases, each well under a second."""
@@ -29,12 +29,24 @@ class Settings:
     """Fixed number of interleaved rounds, instead of `seconds`."""
 
 
+def backends_here(op: str, settings: Settings, dtype: torch.dtype) -> list[str]:
+    """Names of the backends worth timing for an operation: the compiled ones that run here, else the reference."""
+    import fastmim.ops  # noqa: F401  (registers the operations)
+    from fastmim.ops.backends import operations
+
+    if op not in operations():
+        raise ValueError(f"{op} is not a registered operation; known: {', '.join(operations())}")
+    backends = operations()[op]
+    names = ["cpu"] if settings.device.type == "cpu" else ["cuda", "triton"]  # interpreted Triton is for tests only
+    return [name for name in names if not backends.why_not(name, settings.device.type, dtype)] or ["reference"]
+
+
 @dataclass(frozen=True)
 class Side:
     """One of the two things compared: a name and a callable.
 
-    For the passes forward, backward and both, `run(*inputs)` returns a tensor or a tuple of tensors; those that require a
-    gradient are differentiated. For the pass step, `run(*inputs)` does everything and its result is ignored.
+    For the passes forward, backward and both, `run(*inputs)` returns a tensor or a tuple of tensors; those that require
+    a gradient are differentiated. For the pass step, `run(*inputs)` does everything and its result is ignored.
     """
 
     name: str
@@ -54,11 +66,11 @@ class Case:
     """Its name is the backend in the row: reference, cpu, triton, cuda or auto."""
     baseline: Side | None
     inputs: Callable[[], tuple[Any, ...]]
-    """Makes one fresh set of random inputs (never zeros) on `settings.device`. A backward pass differentiates those with
-    requires_grad. Called several times on a GPU, so that the sets rotate through more memory than its L2 cache holds."""
+    """Makes one fresh set of random inputs (never zeros) on `settings.device`. A backward pass differentiates those
+    with requires_grad. Called several times on a GPU, so that the sets rotate through more than its L2 cache holds."""
     dtype: torch.dtype = torch.float32
     passes: tuple[str, ...] = ("forward", "backward", "both")
-    tolerance: float | None | str = "auto"
+    tolerance: float | str | None = "auto"
     """Before timing, outputs and gradients of both sides must agree to this relative error (norm of the difference over
     norm). "auto": 1e-4 in fp32, 3e-2 in half precision. None: not compared, since the two draw other random numbers."""
     images: int = 0

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,8 @@ def _resident_peak(call: Callable[[], Any]) -> int:
 
 def _release_free_memory() -> None:
     """Gives freed heap pages back to the system, so that a call that takes them again is seen to do so."""
-    try:
+    with suppress(OSError, AttributeError):  # not glibc: the peak may then read low
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # not glibc: the peak may then read low
-        pass
 
 
 def _allocator_peak(call: Callable[[], Any]) -> int:

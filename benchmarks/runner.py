@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import DTYPES, Case, Settings, Side, dtype_name
+from benchmarks.cases import DTYPES, Case, Settings, Side, backends_here, dtype_name
 from benchmarks.ceilings import copy_bytes_per_second, hardware, matmul_flops_per_second
 from benchmarks.memory import peak_bytes
 from benchmarks.rows import KEYS, Row, read_rows, write_rows
@@ -26,6 +26,7 @@ __all__ = [
     "Row",
     "Settings",
     "Side",
+    "backends_here",
     "dtype_name",
     "read_rows",
     "run_case",
@@ -159,9 +160,8 @@ def _check_agreement(case: Case, inputs: tuple[Any, ...]) -> None:
         ours = results(case.candidate)
         theirs = results(case.baseline) if case.baseline is not None else None
     for i, mine in enumerate(ours):
-        if mine is not None and mine.is_floating_point() and not bool(mine.isfinite().all()):
-            if theirs is None or bool(theirs[i].isfinite().all()):
-                raise BenchmarkError(f"result {i} of {case.candidate.name} is not finite (an element left unwritten?)")
+        if not _finite(mine) and (theirs is None or _finite(theirs[i])):
+            raise BenchmarkError(f"result {i} of {case.candidate.name} is not finite (an element left unwritten?)")
     if theirs is None or tolerance is None:
         return
     if len(ours) != len(theirs):
@@ -174,6 +174,10 @@ def _check_agreement(case: Case, inputs: tuple[Any, ...]) -> None:
             raise BenchmarkError(
                 f"result {i} differs from {case.baseline.name} by {error:.2g}, more than {tolerance:.2g}"  # type: ignore[union-attr]
             )
+
+
+def _finite(tensor: Tensor | None) -> bool:
+    return tensor is None or bool(tensor.isfinite().all())
 
 
 def _relative_error(a: Tensor, b: Tensor) -> float:
