@@ -1,0 +1,138 @@
+"""MAE: masked autoencoders are scalable vision learners (arXiv 2111.06377)."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastmim.methods.base import Batch, Method, Output, Pictures
+from fastmim.methods.masking import cell_grid, count_kept, removed_pixels
+from fastmim.models.encoder import Encoder
+from fastmim.models.mae_decoder import MAEDecoder, init_mae_linear
+from fastmim.models.vision_transformer import VisionTransformer
+from fastmim.ops import Masks, masked_patch_loss, patchify, random_mask, unpatchify
+
+
+@dataclass
+class MAEConfig:
+    """Settings of MAE; the defaults are the paper's at 224 pixels, with a smaller decoder for small models and images."""
+
+    mask_ratio: float = 0.75
+    """Removed share of the patches of each image; int(N·(1 - ratio)) are kept (49 of 196)."""
+    norm_pix_loss: bool = True
+    """Predict pixels normalised by the mean and variance of their patch."""
+    decoder_dim: int | None = None
+    """Width of the decoder. None: 512, or the encoder's width where that is less."""
+    decoder_depth: int | None = None
+    """Blocks of the decoder. None: 8, or 4 for fewer than 196 patches."""
+    decoder_num_heads: int | None = None
+    """Heads of the decoder. None: one per 32 channels."""
+    init_encoder: bool = True
+    """Give the encoder MAE's initialisation and fixed sin-cos positions; false keeps the weights that it came with."""
+
+
+class MAE(Method):
+    """Encode only the visible patches, decode all, predict the pixels of the removed ones.
+
+    1. Patch embedding + fixed 2-D sin-cos positions (cls position 0).
+    2. K = int(N·(1 − ratio)) patches are kept, the same number in every image: 49 of 196.
+    3. cls + K tokens through the encoder; final norm.
+    4. Decoder: Linear to its width; mask tokens fill the removed places; + fixed positions; blocks; norm; Linear to
+       p·q·C values, channel last. See `fastmim.models.mae_decoder`.
+    5. Target: pixels, with `norm_pix_loss` (x − mean)/sqrt(unbiased variance + 1e-6) per patch over its p·q·C values.
+    6. L = Σ(mean squared error of a patch)·mask / Σ mask, in fp32.
+
+    Differs from the authors' code: masks come from a counter-based generator instead of the global one; rectangular
+    images and patches work; no NaN from a constant patch. As there, cls and mask token are decayed (they are 3-D) and
+    positions are not trained.
+    """
+
+    name: ClassVar[str] = "mae"
+    Config: ClassVar[type] = MAEConfig
+    cfg: MAEConfig
+    encoder: VisionTransformer
+
+    def __init__(self, encoder: Encoder, cfg: MAEConfig, img_size: tuple[int, int]) -> None:
+        if not isinstance(encoder, VisionTransformer):
+            raise ValueError(
+                f"mae: drops patches before the encoder, which a ViT can do and {encoder.name or type(encoder).__name__} "
+                f"cannot; choose a vit_* model, or method a2mim for a CNN."
+            )
+        super().__init__(encoder, cfg, img_size)
+        self.patch_size = encoder.patch_size
+        self.grid = cell_grid(img_size, self.patch_size, "mae", "patch_size")
+        if self.grid != tuple(encoder.grid_size):
+            raise ValueError(
+                f"mae: images of {img_size[0]}x{img_size[1]} pixels have {self.grid[0]}x{self.grid[1]} patches, but the "
+                f"encoder's positions are for {encoder.grid_size[0]}x{encoder.grid_size[1]}; build it with the same img_size."
+            )
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.num_keep = count_kept(self.num_patches, cfg.mask_ratio, "floor", "mae")
+        dim = cfg.decoder_dim or min(512, encoder.embed_dim)
+        self.decoder = MAEDecoder(
+            encoder.embed_dim,
+            self.grid,
+            self.patch_size[0] * self.patch_size[1] * encoder.in_chans,
+            num_prefix_tokens=encoder.num_prefix_tokens,
+            dim=dim,
+            depth=cfg.decoder_depth or (8 if self.num_patches >= 196 else 4),
+            num_heads=cfg.decoder_num_heads or max(1, dim // 32),
+        )
+        if cfg.init_encoder:
+            init_mae_encoder(encoder)
+
+    def forward(self, batch: Batch) -> Output:
+        return self.predict_removed(batch.images, random_mask(batch.size, self.num_patches, self.num_keep, batch.rng))
+
+    def predict_removed(self, images: Tensor, masks: Masks, target: Tensor | None = None) -> Output:
+        """The step for given masks; `target` is `images` unless a test tells them apart."""
+        self.check_images(images)
+        target = images if target is None else target
+        latent = self.encoder.forward_visible(images, masks.ids_keep)
+        prediction = self.decoder(latent, masks.ids_restore)
+        loss = masked_patch_loss(prediction, target, masks.mask, self.patch_size, norm_pix=self.cfg.norm_pix_loss)
+        return Output(loss, pictures=functools.partial(self._pictures, target, prediction.detach(), masks.mask))
+
+    def no_weight_decay(self) -> set[str]:
+        return set()  # the official run decays cls and mask token; the fixed positions are not trained
+
+    def load_official(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load a checkpoint of the official code (the value of its "model" entry), strictly.
+
+        Keys of the decoder (`decoder_*`, `mask_token`) go to `decoder.`, all others (`cls_token`, `pos_embed`,
+        `patch_embed.proj`, `blocks.i...`, `norm`) to `encoder.`. An encoder-only checkpoint leaves the decoder as it is.
+        """
+        mapped = {official_key(key): value for key, value in state_dict.items()}
+        has_decoder = any(key.startswith("decoder.") for key in mapped)
+        own = {} if has_decoder else {k: v for k, v in self.state_dict().items() if k.startswith("decoder.")}
+        self.load_state_dict({**own, **mapped}, strict=True)
+
+    def _pictures(self, original: Tensor, prediction: Tensor, mask: Tensor) -> Pictures:
+        patches = prediction.float()
+        if self.cfg.norm_pix_loss:
+            truth = patchify(original, self.patch_size).float()
+            variance, mean = torch.var_mean(truth, dim=-1, keepdim=True)
+            patches = patches * (variance + 1e-6).sqrt() + mean
+        image = unpatchify(patches, self.patch_size, self.img_size, original.shape[1]).to(original.dtype)
+        removed = removed_pixels(mask, self.grid, self.img_size)
+        return Pictures(original, original.masked_fill(removed, 0.0), image.where(removed, original))
+
+
+def official_key(key: str) -> str:
+    """The name here of a parameter of the official MAE."""
+    return f"decoder.{key}" if key.startswith("decoder_") or key == "mask_token" else f"encoder.{key}"
+
+
+@torch.no_grad()
+def init_mae_encoder(encoder: VisionTransformer) -> None:
+    """Linear xavier-uniform, patch embedding xavier-uniform on its flattened matrix, cls normal σ 0.02, positions sin-cos."""
+    encoder.apply(init_mae_linear)
+    projection = encoder.patch_embed.proj
+    nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+    for name in ("cls_token", "reg_token"):
+        token = getattr(encoder, name, None)
+        if token is not None:
+            nn.init.normal_(token, std=0.02)
