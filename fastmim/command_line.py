@@ -1,0 +1,328 @@
+"""From the words of a command line to a TrainConfig; and the one place where errors become exit codes.
+
+Layers, the later one winning: defaults, recipe, --config file, command line. Every setting of every layer takes the
+same road: one `--key=value` word, parsed by jsonargparse against the dataclasses of `fastmim.config`. So a mistake in a
+recipe is answered as precisely as one on the command line.
+"""
+
+import json
+import sys
+import types
+import typing
+from argparse import SUPPRESS, ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from fastmim.config import (
+    ConfigError,
+    TrainConfig,
+    build,
+    check,
+    flat,
+    list_recipes,
+    read_yaml,
+    recipe_file,
+    settle,
+    to_yaml,
+)
+from fastmim.methods import list_methods, method_config
+
+__all__ = ["ConfigError", "command", "load_config", "parse"]
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+DEFAULT_RECIPE = "digits"
+FLAGS = ("help", "print_config", "config")  # words that are no settings
+
+# Setting the first un-sets the others where a lower layer has them.
+OVERRULES = {
+    "epochs": ["max_steps"],
+    "max_steps": ["epochs"],
+    "optim.lr": ["optim.base_lr"],
+    "optim.base_lr": ["optim.lr"],
+    "optim.warmup_epochs": ["optim.warmup_steps"],
+    "optim.warmup_steps": ["optim.warmup_epochs"],
+}
+
+Layer = tuple[
+    str, dict[str, Any]
+]  # where it comes from ("" is the command line); dotted key -> value, text or plain YAML
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """The configuration that these words ask for, complete and checked.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, an impossible value or combination: in one or two sentences.
+        SystemExit: with 0, after --help or --print_config.
+    """
+    words = _words(argv)
+    layers = _layers(words)
+    method = _method_of(layers)
+    types_of = _schema(method)
+    parser = _parser(method)
+    merged: dict[str, Any] = {}
+    for where, layer in layers:
+        given = {key: _typed(parser, where, key, value, types_of) for key, value in layer.items()}
+        _merge(where, merged, given)
+    parser.set_defaults(merged)
+    if "help" in words:
+        parser.print_help()
+        raise SystemExit(0)
+
+    values = parser.get_defaults().as_dict()
+    name = values["method"].pop("name")
+    cfg = build(TrainConfig, values | {"method": build(method_config(name), values["method"]), "method_name": name})
+    check(settle(cfg))
+    if "print_config" in words:
+        print(to_yaml(cfg), end="")
+        raise SystemExit(0)
+    return cfg
+
+
+def load_config(file: Path) -> TrainConfig:
+    """The configuration in a run's config.yaml."""
+    return parse(["--config", str(file)])
+
+
+def run_folder(resume: str) -> Path:
+    """The run that `--resume PATH` means: PATH itself, or the run to which the checkpoint PATH belongs."""
+    path = Path(resume)
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+def _words(argv: Sequence[str]) -> dict[str, str | None]:
+    """`--key value`, `--key=value` and `--flag` as {key: text or None}; the last one of a key counts."""
+    words: dict[str, str | None] = {}
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "-h":
+            word = "--help"
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"{word}: not understood here; options are written --key value, as --epochs 100")
+        key, equals, value = word[2:].partition("=")
+        text: str | None = value if equals else None
+        if not equals and rest and not rest[0].startswith("--") and rest[0] != "-h":
+            text = rest.pop(0)
+        key = key.replace("-", "_")
+        words[{"method": "method.name", "model": "model.name"}.get(key, key)] = text
+    return words
+
+
+def _layers(words: dict[str, str | None]) -> list[Layer]:
+    """Recipe, files and command line, lowest first."""
+    layers: list[Layer] = []
+    resume = words.get("resume") or "auto"
+    if resume not in ("auto", "never"):
+        folder = run_folder(resume)
+        if not (folder / "config.yaml").is_file():
+            raise ConfigError(
+                f"resume: {resume} is neither auto nor never, nor a run folder or a checkpoint of one "
+                f"({folder}/config.yaml is missing)"
+            )
+        layers.append(_file_layer(folder / "config.yaml", str(folder / "config.yaml")))
+        layers[-1][1]["out"] = str(folder)
+        layers[-1][1].setdefault("recipe", None)
+    if "config" in words:
+        if words["config"] is None:
+            raise ConfigError("config: needs a value, the path of a YAML file")
+        layers.append(_file_layer(Path(words["config"]), words["config"]))
+    layers.append(("", {key: text for key, text in words.items() if key not in FLAGS}))
+    given = {key: value for _, layer in layers for key, value in layer.items()}
+    recipe = given.get("recipe")
+    if "recipe" not in given and not {"method.name", "data.root", "data.source"} & given.keys():
+        recipe = DEFAULT_RECIPE
+    if (
+        recipe is not None
+        and recipe != "null"
+        and not (layers[0][1].get("recipe") == recipe and resume not in ("auto", "never"))
+    ):
+        where, layer = _file_layer(recipe_file(str(recipe)), f"recipe {recipe}")
+        layers.insert(0, (where, layer | {"recipe": str(recipe)}))
+    return layers
+
+
+def _file_layer(file: Path, where: str) -> Layer:
+    content = read_yaml(file)
+    for short in ("method", "model"):
+        if isinstance(content.get(short), str):
+            content[short] = {"name": content[short]}
+    return where, flat(content)
+
+
+def _method_of(layers: list[Layer]) -> str:
+    """The method's name, from the highest layer that has one; two layers may not contradict each other."""
+    name, owner = "a2mim", None
+    for where, layer in layers:
+        asked = layer.get("method.name")
+        if asked is None:
+            continue
+        if owner is not None and asked != name:
+            raise ConfigError(f"method: {asked} conflicts with {owner}, whose method is {name}; give one of the two")
+        name, owner = str(asked), where
+    if name not in list_methods():
+        raise ConfigError(
+            f"method: there is no method {name!r}; {_mean(name, list_methods())}there are: {', '.join(list_methods())}"
+        )
+    return name
+
+
+def _schema(method: str) -> dict[str, Any]:
+    """Every dotted key and its type."""
+
+    def walk(cls: Any, prefix: str) -> dict[str, Any]:
+        keys: dict[str, Any] = {}
+        for item in fields(cls):
+            keys |= (
+                walk(item.type, f"{prefix}{item.name}.")
+                if is_dataclass(item.type)
+                else {f"{prefix}{item.name}": item.type}
+            )
+        return keys
+
+    keys = walk(TrainConfig, "") | {"method.name": str} | walk(method_config(method), "method.")
+    del keys["method"], keys["method_name"]
+    return keys
+
+
+def _parser(method: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m fastmim.train",
+        usage="python -m fastmim.train [--recipe NAME] [--data.root DIR] [--key value ...]",
+        description="Pre-train an encoder by masked image modeling. Without arguments: a complete small run on a CPU.",
+        epilog=f"Recipes: {', '.join(list_recipes())}.\nMethods: {', '.join(list_methods())}.",
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--config",
+        type=str,
+        help="YAML file with these same keys, such as the config.yaml of a run: does that run again.",
+    )
+    parser.add_argument(
+        "--print_config", action="store_true", help="Print the whole resulting configuration as YAML and end."
+    )
+    parser.add_class_arguments(TrainConfig, skip={"method", "method_name"})
+    parser.add_class_arguments(method_config(method), "method")
+    parser.add_argument("--method.name", default=method, help=SUPPRESS)
+    for action in parser._actions:  # of a group jsonargparse would also read a file; here the word takes a name
+        if action.dest == "method":
+            action.metavar, action.help = "NAME", f"The method: {', '.join(list_methods())}."
+        elif action.dest == "model":
+            action.metavar, action.help = "NAME", "Short for --model.name."
+        elif action.help == "Path to a configuration file.":
+            action.help = SUPPRESS
+    return parser
+
+
+def _typed(parser: ArgumentParser, where: str, key: str, value: Any, types_of: dict[str, Any]) -> Any:
+    """The value of one setting in its type."""
+    source = f" (in {where})" if where else ""
+    if key not in types_of and not key.startswith("model.kwargs."):
+        raise ConfigError(_unknown(key, source, types_of))
+    kind = types_of.get(key, Any)
+    if value is None and not where:
+        if kind is not bool:
+            raise ConfigError(f"{key}: needs a value, {_expected(kind)}")
+        value = True
+    text = value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str) and _is_numbers(text) and _holds_tuple(kind):
+        text = f"[{text}]"
+    try:
+        parsed = parser.parse_args([f"--{key}={text}"], defaults=False)
+    except ArgumentError as error:
+        del error
+        raise ConfigError(f"{key}: {value!r} is not {_expected(kind)}{source}") from None
+    group, _, inner = key.partition("kwargs.")
+    return parsed[f"{group}kwargs"][inner] if inner else parsed[key]
+
+
+def _merge(where: str, merged: dict[str, Any], given: dict[str, Any]) -> None:
+    """Lay one layer over those below it."""
+    for key, rivals in OVERRULES.items():
+        if given.get(key) is None:
+            continue
+        for rival in rivals:
+            if given.get(rival) is not None:
+                raise ConfigError(f"{key}: {given[key]:g} conflicts with {rival} {given[rival]:g}; give one of the two")
+            merged[rival] = None
+    if given.get("model.name", merged.get("model.name")) != merged.get("model.name"):
+        for key in ("model.patch_size", "model.kwargs"):  # they belong to the other encoder
+            merged.pop(key, None)
+    for key, value in given.items():
+        if key.startswith("model.kwargs."):
+            merged["model.kwargs"] = merged.get("model.kwargs", {}) | {key.removeprefix("model.kwargs."): value}
+        else:
+            merged[key] = value
+
+
+def _unknown(key: str, source: str, types_of: dict[str, Any]) -> str:
+    group = [known for known in types_of if known.startswith(f"{key}.")]
+    if group:
+        return f"{key}: is a group of settings{source}, not a single one; set {group[0]} and the like"
+    return f"{key}: there is no such setting{source}; {_mean(key, types_of)}--help lists all"
+
+
+def _mean(word: str, known: typing.Iterable[str]) -> str:
+    """A question with the nearest name, or nothing. A forgotten group (mask_ratio) comes before a slip of the hand."""
+    leaf = word.rpartition(".")[2]
+    by_leaf = {name.rpartition(".")[2]: name for name in reversed(list(known))}
+    names = list(by_leaf.values())
+    if leaf in by_leaf:
+        return f"did you mean {by_leaf[leaf]}? "
+    close = get_close_matches(word, names, 1, 0.6) or [by_leaf[w] for w in get_close_matches(leaf, by_leaf, 1, 0.6)]
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def _expected(kind: Any) -> str:
+    """A type in words: "a whole number or null"."""
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Path: "a path",
+        type(None): "null",
+    }
+    if kind in words:
+        return words[kind]
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_expected(part) for part in parts)
+    if origin is tuple:
+        return (
+            f"{len(parts)} numbers with a comma between them"
+            if Ellipsis not in parts
+            else "numbers with commas between them"
+        )
+    if origin is list:
+        return "a list like [1, 2]"
+    return "a mapping like {name: value}" if origin is dict else "valid"
+
+
+def _is_numbers(text: str) -> bool:
+    try:
+        return "," in text and bool([float(part) for part in text.split(",")])
+    except ValueError:
+        return False
+
+
+def _holds_tuple(kind: Any) -> bool:
+    return typing.get_origin(kind) in (tuple, list) or any(_holds_tuple(part) for part in typing.get_args(kind))
+
+
+def command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> typing.NoReturn:
+    """Run a command and leave with its exit code; a mistake of the user's is one message, not a traceback."""
+    try:
+        code = main(list(sys.argv[1:] if argv is None else argv)) or 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    raise SystemExit(code)

@@ -1,0 +1,263 @@
+"""The schema of a training run: what can be set, what it means, and which values make sense together.
+
+A run's settings come from layers, the later one winning: the defaults of these dataclasses, a recipe, a YAML file, the
+command line. `fastmim.command_line.parse` joins them; this file knows nothing of argument strings.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastmim.data import DataConfig
+from fastmim.engine.settings import EngineConfig, LogConfig, OptimConfig
+
+__all__ = [
+    "ConfigError",
+    "ModelConfig",
+    "TrainConfig",
+    "build",
+    "check",
+    "differences",
+    "flat",
+    "list_recipes",
+    "read_yaml",
+    "recipe_file",
+    "settle",
+    "to_dict",
+    "to_yaml",
+]
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: the message names the key, its value and what would be right. Exit code 2."""
+
+
+@dataclass
+class ModelConfig:
+    """The encoder that is trained. Names and arguments are timm's."""
+
+    name: str | None = None
+    """Encoder, by timm's name (vit_base_patch16_224, resnet50, convnext_small, ...). Without one: a small ViT
+    whose patch suits the image size."""
+    patch_size: int | None = None
+    """Side of a ViT's patch in pixels. Without one: the model's own."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth: the last block is skipped with this probability, earlier ones proportionally less."""
+    in_chans: int | None = None
+    """Channels of the images. Without one: those of the data."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the encoder, by timm's names, such as {init_values: 0.1}."""
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a training run."""
+
+    recipe: str | None = None
+    """Name of a recipe in fastmim/recipes, or path of a YAML file with these same keys."""
+    method_name: str = "a2mim"
+    """Chosen by --method NAME."""
+    method: Any = None
+    """The method's own settings: the dataclass that `fastmim.methods.method_config(method_name)` gives."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    epochs: float | None = None
+    """Passes over the data; a fraction is allowed. 100 where neither this nor max_steps is given."""
+    max_steps: int | None = None
+    """Length of the run in steps, in place of epochs."""
+    batch_size: int = 128
+    """Images per step, over all processes and accumulated micro-batches together."""
+    img_size: int | tuple[int, int] | None = None
+    """Side of the training images in pixels, or height,width. 224 for folders and 32 for digits where not given."""
+    seed: int = 0
+    """Decides every random draw: weights, order of images, crops, masks."""
+    out: Path | None = None
+    """Output folder. Without one: runs/NAME-MODEL, with a number where that exists."""
+    resume: str = "auto"
+    """auto: continue an unfinished run of these very settings where there is one. never: start anew. PATH: continue
+    that run folder or checkpoint."""
+    evaluate: bool = False
+    """Measure the encoder by k-NN and linear probe before and after training, where the data has labels."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the training images."""
+        size = self.img_size if self.img_size is not None else 224
+        return (size, size) if isinstance(size, int) else size
+
+    @property
+    def name(self) -> str:
+        """What the run is called after: its recipe or method, and its encoder."""
+        return f"{Path(self.recipe).stem if self.recipe else self.method_name}-{self.model.name}"
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Length of the run in optimiser steps; at least one."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, round((self.epochs or 0) * steps_per_epoch))
+
+
+def settle(cfg: TrainConfig) -> TrainConfig:
+    """Fill in what was left open and depends on other settings: size, length, encoder and its patch."""
+    if cfg.img_size is None:
+        cfg.img_size = 32 if uses_digits(cfg.data) else 224
+    if cfg.epochs is None and cfg.max_steps is None:
+        cfg.epochs = 100
+    if cfg.model.name is None:
+        cfg.model.name = "vit_tiny_patch16_224"
+        if cfg.model.patch_size is None:
+            cfg.model.patch_size = _patch_for(cfg.size)
+    return cfg
+
+
+def uses_digits(data: DataConfig) -> bool:
+    return data.source == "digits" or (data.source is None and data.root is None)
+
+
+def _patch_for(size: tuple[int, int]) -> int:
+    """The largest patch of 16, 8, 4, 2 pixels that divides the image and leaves at least six patches on a side."""
+    fitting = [p for p in (16, 8, 4, 2) if size[0] % p == 0 and size[1] % p == 0 and min(size) // p >= 6]
+    return fitting[0] if fitting else 16
+
+
+def check(cfg: TrainConfig) -> None:
+    """Raise ConfigError for what can be seen to be impossible without building or loading anything."""
+    _at_least("batch_size", cfg.batch_size, 1)
+    _at_least("max_steps", cfg.max_steps, 1)
+    _at_least("seed", cfg.seed, 0)
+    for side in cfg.size:
+        _at_least("img_size", side, 1)
+    if cfg.epochs is not None and not cfg.epochs > 0:
+        raise ConfigError(f"epochs: {cfg.epochs:g} is not above 0")
+    ratio = getattr(cfg.method, "mask_ratio", None)
+    if ratio is not None and not 0 < ratio < 1:
+        raise ConfigError(
+            f"method.mask_ratio: {ratio:g} is not between 0 and 1 (both excluded): some cells must be hidden, some seen"
+        )
+    if cfg.model.patch_size is not None:
+        _at_least("model.patch_size", cfg.model.patch_size, 1)
+        check_patch(cfg.size, cfg.model.patch_size)
+    try:
+        cfg.data.check()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if cfg.data.root is not None and not cfg.data.root.is_dir():
+        what = "is a file, not a folder" if cfg.data.root.exists() else "does not exist"
+        raise ConfigError(f"data.root: {cfg.data.root} {what}; give a folder of images")
+    if cfg.out is not None and ".." in cfg.out.parts:
+        raise ConfigError(f"out: {cfg.out} has '..' in it; give a folder below this one, or an absolute path")
+    if cfg.out is not None and cfg.out.exists() and not cfg.out.is_dir():
+        raise ConfigError(f"out: {cfg.out} is a file, not a folder")
+
+
+def check_patch(size: tuple[int, int], patch: int) -> None:
+    """Refuse an image that is not a whole number of patches, and say which sizes around it would be."""
+    for side in size:
+        if side % patch:
+            near = sorted({max(side // patch, 1) * patch, (side // patch + 1) * patch})
+            raise ConfigError(
+                f"img_size: {side} is not divisible by the patch size {patch}; {' or '.join(map(str, near))} would be"
+            )
+
+
+def _at_least(key: str, value: Any, least: int) -> None:
+    if isinstance(value, int) and value < least:
+        raise ConfigError(f"{key}: {value} is too small; {least} is the least")
+
+
+def list_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_file(name: str) -> Path:
+    """The YAML behind `--recipe NAME`: one of ours, or a path that ends in .yaml."""
+    from difflib import get_close_matches
+
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    known = list_recipes()
+    if name in known:
+        return RECIPES / f"{name}.yaml"
+    close = get_close_matches(name, known, 1, 0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ConfigError(
+        f"recipe: there is no recipe {name!r}; {hint}There are: {', '.join(known)}; or a path ending in .yaml"
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Plain data only: a tag that would build a Python object is refused."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except yaml.constructor.ConstructorError as error:
+        raise ConfigError(f"{path}: refused, it asks for more than plain values ({error.problem})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: holds a {type(content).__name__}; a mapping of settings is expected, such as 'epochs: 100'"
+        )
+    return content
+
+
+def to_dict(cfg: TrainConfig) -> dict[str, Any]:
+    """Plain values under the keys that YAML files and the command line use."""
+    values = _plain(asdict(cfg))
+    name = values.pop("method_name")
+    values["method"] = {"name": name, **(values["method"] or {})}
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def to_yaml(cfg: TrainConfig) -> str:
+    """The whole configuration; `--config FILE` with it starts the same run again."""
+    return yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}. What is free-form (model.kwargs) stays whole."""
+    items: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and dotted != "model.kwargs":
+            items |= flat(value, f"{dotted}.")
+        else:
+            items[dotted] = value
+    return items
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values are not the same, with both values."""
+    one, two = flat(old), flat(new)
+    return {key: (one.get(key), two.get(key)) for key in one | two if one.get(key) != two.get(key)}
+
+
+def build(cls: type, values: dict[str, Any]) -> Any:
+    """A dataclass from nested plain values; nested dataclasses are found by their fields' types."""
+    made = {}
+    for item in fields(cls):
+        if item.name in values:
+            kind, value = item.type, values[item.name]
+            made[item.name] = build(kind, value) if isinstance(kind, type) and is_dataclass(kind) else value
+    try:
+        return cls(**made)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
