@@ -22,8 +22,8 @@ class FrequencyConfig:
     weight: float = 0.5
     """λ; 0 leaves the Fourier transform out altogether, as the released ConvNeXt recipes do."""
     form: Literal["paper", "code"] = "paper"
-    """Form "paper" compares the spectra of each image; "code" is what the authors' releases run: with `focal` it compares
-    the mean spectra of the local batch, so it depends on the batch size of a process."""
+    """Form "paper" compares the spectra of each image. Form "code", which the authors' releases run, compares (with
+    `focal`) the mean spectra of the batch of a process, and so depends on its size."""
     focal: bool = True
     """Form "code" only: weigh frequencies by their own error; false applies the pixel loss to spectra of each image."""
     alpha: float = 1.0

@@ -1,4 +1,4 @@
-"""What every method shares: the batch that it gets, the output that it gives, and the interface that the trainer sees."""
+"""What every method shares: the batch that it gets, the output that it gives, the interface that the trainer sees."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.models.encoder import Encoder
+from fastmim.models.token_encoder import TokenEncoder
 
 
 @dataclass
 class Batch:
-    """One step's images on one device. `rng` makes every random draw of the step a function of (seed, step, position)."""
+    """One step's images on one device. Every random draw of the step is a function of `rng`."""
 
     images: Tensor
     """[B, C, H, W] floating point, normalised."""
@@ -78,6 +79,11 @@ class Method(nn.Module):
 
     def __init__(self, encoder: Encoder, cfg: Any, img_size: tuple[int, int]) -> None:
         super().__init__()
+        if isinstance(encoder, TokenEncoder) and encoder.img_size != img_size:
+            raise ValueError(
+                f"{self.name}: the images have {size_text(img_size)} pixels, but the encoder's positions are those of "
+                f"{size_text(encoder.img_size)}; build the encoder with the same img_size."
+            )
         self.encoder = encoder
         self.cfg = cfg
         self.img_size = img_size

@@ -12,13 +12,14 @@ from fastmim.methods.base import Batch, Method, Output, Pictures
 from fastmim.methods.masking import cell_grid, count_kept, removed_pixels
 from fastmim.models.encoder import Encoder
 from fastmim.models.mae_decoder import MAEDecoder, init_mae_linear
-from fastmim.models.vision_transformer import VisionTransformer
+from fastmim.models.positions import sincos_positions
+from fastmim.models.token_encoder import TokenEncoder
 from fastmim.ops import Masks, masked_patch_loss, patchify, random_mask, unpatchify
 
 
 @dataclass
 class MAEConfig:
-    """Settings of MAE; the defaults are the paper's at 224 pixels, with a smaller decoder for small models and images."""
+    """Settings of MAE; the defaults are the paper's at 224 pixels, with less decoder for small models and images."""
 
     mask_ratio: float = 0.75
     """Removed share of the patches of each image; int(N·(1 - ratio)) are kept (49 of 196)."""
@@ -53,22 +54,17 @@ class MAE(Method):
     name: ClassVar[str] = "mae"
     Config: ClassVar[type] = MAEConfig
     cfg: MAEConfig
-    encoder: VisionTransformer
+    encoder: TokenEncoder
 
     def __init__(self, encoder: Encoder, cfg: MAEConfig, img_size: tuple[int, int]) -> None:
-        if not isinstance(encoder, VisionTransformer):
+        if not isinstance(encoder, TokenEncoder):
             raise ValueError(
-                f"mae: drops patches before the encoder, which a ViT can do and {encoder.name or type(encoder).__name__} "
-                f"cannot; choose a vit_* model, or method a2mim for a CNN."
+                f"mae: drops patches before the encoder, which a ViT allows but "
+                f"{encoder.name or type(encoder).__name__} does not; choose a vit_* model, or the method a2mim."
             )
         super().__init__(encoder, cfg, img_size)
         self.patch_size = encoder.patch_size
         self.grid = cell_grid(img_size, self.patch_size, "mae", "patch_size")
-        if self.grid != tuple(encoder.grid_size):
-            raise ValueError(
-                f"mae: images of {img_size[0]}x{img_size[1]} pixels have {self.grid[0]}x{self.grid[1]} patches, but the "
-                f"encoder's positions are for {encoder.grid_size[0]}x{encoder.grid_size[1]}; build it with the same img_size."
-            )
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_keep = count_kept(self.num_patches, cfg.mask_ratio, "floor", "mae")
         dim = cfg.decoder_dim or min(512, encoder.embed_dim)
@@ -103,7 +99,7 @@ class MAE(Method):
         """Load a checkpoint of the official code (the value of its "model" entry), strictly.
 
         Keys of the decoder (`decoder_*`, `mask_token`) go to `decoder.`, all others (`cls_token`, `pos_embed`,
-        `patch_embed.proj`, `blocks.i...`, `norm`) to `encoder.`. An encoder-only checkpoint leaves the decoder as it is.
+        `patch_embed.proj`, `blocks.i...`, `norm`) to `encoder.`. A checkpoint without a decoder leaves ours as it is.
         """
         mapped = {official_key(key): value for key, value in state_dict.items()}
         has_decoder = any(key.startswith("decoder.") for key in mapped)
@@ -127,12 +123,15 @@ def official_key(key: str) -> str:
 
 
 @torch.no_grad()
-def init_mae_encoder(encoder: VisionTransformer) -> None:
-    """Linear xavier-uniform, patch embedding xavier-uniform on its flattened matrix, cls normal σ 0.02, positions sin-cos."""
+def init_mae_encoder(encoder: TokenEncoder) -> None:
+    """The official initialisation: linear layers and flattened patch embedding xavier-uniform, tokens normal σ 0.02,
+    positions sin-cos and fixed."""
     encoder.apply(init_mae_linear)
-    projection = encoder.patch_embed.proj
-    nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-    for name in ("cls_token", "reg_token"):
-        token = getattr(encoder, name, None)
+    nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.flatten(1))
+    for token in (encoder.cls_token, encoder.reg_token):
         if token is not None:
             nn.init.normal_(token, std=0.02)
+    if encoder.pos_embed is not None:
+        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+        encoder.pos_embed.copy_(sincos_positions(encoder.embed_dim, encoder.grid_size, prefix))
+        encoder.pos_embed.requires_grad_(False)

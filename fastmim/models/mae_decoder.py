@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.models.positions import sincos_positions
-from fastmim.models.vision_transformer import Block
+from fastmim.models.transformer import NORM_EPS, Block
 
 
 class MAEDecoder(nn.Module):
     """Linear D -> d, mask tokens, un-shuffle, fixed sin-cos positions, pre-norm blocks, norm, Linear d -> P.
 
-    Keys are the official ones: decoder_embed, mask_token, decoder_pos_embed, decoder_blocks, decoder_norm, decoder_pred.
+    Keys are the official ones: decoder_embed, mask_token, decoder_pos_embed, decoder_blocks, decoder_norm and
+    decoder_pred.
 
     Args:
         encoder_dim: D.
@@ -45,12 +46,13 @@ class MAEDecoder(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
         self.decoder_embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        positions = sincos_positions(grid, dim, num_prefix_tokens).unsqueeze(0)
+        positions = sincos_positions(dim, grid, num_prefix_tokens)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_eps=1e-6) for _ in range(depth)
+            Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, init_values=None, drop_path_rate=0.0)
+            for _ in range(depth)
         )
-        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.decoder_norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.decoder_pred = nn.Linear(dim, patch_values)
         self.apply(init_mae_linear)
         nn.init.normal_(self.mask_token, std=0.02)
