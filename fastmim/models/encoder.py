@@ -22,12 +22,17 @@ class Insertion(NamedTuple):
 class Encoder(nn.Module):
     """Base of all encoders. `create_encoder` fills in `name` and `timm_kwargs`."""
 
-    name: str = ""  # the timm model name
-    timm_kwargs: dict[str, Any] = {}  # timm.create_model(name, **timm_kwargs) builds the same module
+    name: str  # the timm model name
+    timm_kwargs: dict[str, Any]  # timm.create_model(name, **timm_kwargs) builds the same module
     num_features: int  # channels of the last feature map
     stride: int  # pixels per cell of the last feature map
     in_chans: int
     num_classes: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = ""
+        self.timm_kwargs = {}
 
     @staticmethod
     def to_timm(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -71,12 +76,17 @@ class Encoder(nn.Module):
         """Parameters that are not decayed although they are neither biases nor one-dimensional."""
         return set()
 
+    @property
+    def _label(self) -> str:
+        """How error messages call this encoder."""
+        return self.name or type(self).__name__
+
     def _insertion_index(self, at: int | None, count: int, default: int) -> int:
         """`at` with its default, checked against the number of insertion points."""
         index = default if at is None else at
         if not 0 <= index < count:
             raise ValueError(
-                f"{self.name or type(self).__name__}: insertion point at={at} does not exist; "
+                f"{self._label}: insertion point at={at} does not exist; "
                 f"this encoder has points 0 to {count - 1} (default {default})"
             )
         return index
@@ -85,8 +95,7 @@ class Encoder(nn.Module):
         """Images are [B, in_chans, H, W]."""
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(
-                f"{self.name or type(self).__name__}: expects images [B, {self.in_chans}, H, W], "
-                f"but was given {list(images.shape)}"
+                f"{self._label}: expects images [B, {self.in_chans}, H, W], but was given {list(images.shape)}"
             )
 
 

@@ -1,0 +1,195 @@
+"""BEiT's transformer (arXiv 2106.08254) with the names and state-dict keys of timm's `beit.py`.
+
+The ViT of SimMIM is this one with a relative position bias shared by all blocks and no absolute positions; that of
+A²MIM has absolute positions and a bias of its own in each block.
+
+Legend: B batch, T = 1 + N tokens, D width, H heads, R rows of a bias table.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastmim.models.drop_path import drop_path, drop_path_rates
+from fastmim.models.positions import num_relative_positions, relative_position_index, visible_pairs
+from fastmim.models.registry import register_encoders
+from fastmim.models.token_encoder import TokenEncoder
+from fastmim.models.transformer import NORM_EPS, Mlp, init_linear, join_heads, split_heads
+
+
+class RelativePositionBias(nn.Module):
+    """A learned number for each head and displacement, added to the attention scores."""
+
+    def __init__(self, grid_size: tuple[int, int], num_heads: int) -> None:
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(num_relative_positions(grid_size), num_heads))
+
+    def forward(self, index: Tensor) -> Tensor:
+        return look_up_bias(self.relative_position_bias_table, index)
+
+
+def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Table [R, H] read at index [T, T] or [B, T, T] -> bias [1 or B, H, T, T]."""
+    bias = F.embedding(index, table).movedim(-1, -3)
+    return (bias[None] if index.ndim == 2 else bias).contiguous()
+
+
+class BeitAttention(nn.Module):
+    """Self-attention whose keys have no bias (softmax would cancel it), with an optional relative position bias."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, bias_grid: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.relative_position_bias_table = (
+            nn.Parameter(torch.zeros(num_relative_positions(bias_grid), num_heads)) if bias_grid else None
+        )
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, index: Tensor | None, shared_bias: Tensor | None) -> Tensor:
+        qkv_bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        q, k, v = split_heads(F.linear(x, self.qkv.weight, qkv_bias), self.num_heads)
+        bias = shared_bias
+        if self.relative_position_bias_table is not None and index is not None:
+            bias = look_up_bias(self.relative_position_bias_table, index)
+            if shared_bias is not None:
+                bias = bias + shared_bias
+        return self.proj(join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias)))
+
+
+class BeitBlock(nn.Module):
+    """Pre-norm block with BEiT's names for LayerScale (`gamma_1`, `gamma_2`)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        init_values: float | None,
+        drop_path_rate: float,
+        bias_grid: tuple[int, int] | None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = BeitAttention(dim, num_heads, qkv_bias, bias_grid)
+        self.drop_path1 = drop_path(drop_path_rate)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path2 = drop_path(drop_path_rate)
+        self.gamma_1 = nn.Parameter(torch.full((dim,), init_values)) if init_values else None
+        self.gamma_2 = nn.Parameter(torch.full((dim,), init_values)) if init_values else None
+
+    def forward(self, x: Tensor, index: Tensor | None, shared_bias: Tensor | None) -> Tensor:
+        attended = self.attn(self.norm1(x), index, shared_bias)
+        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
+        mixed = self.mlp(self.norm2(x))
+        return x + self.drop_path2(mixed if self.gamma_2 is None else self.gamma_2 * mixed)
+
+
+class Beit(TokenEncoder):
+    """ViT with a cls token, optional absolute positions and optional relative position biases.
+
+    Args:
+        img_size: image size in pixels, one number or (height, width); fixed, because the positions belong to it.
+        patch_size: patch size in pixels, one number or (height, width); divides `img_size`.
+        in_chans: image channels.
+        num_classes: size of the classifier; 0 builds none.
+        global_pool: what `forward_head` does with the tokens: "token" (cls), "avg" (mean of the patches), "" (nothing).
+        embed_dim, depth, num_heads, mlp_ratio: token width, number of blocks, attention heads, hidden width of an MLP
+            relative to `embed_dim`.
+        qkv_bias: bias of the query and value projections.
+        init_values: start of LayerScale; None or 0 builds none.
+        use_abs_pos_emb: learned absolute positions.
+        use_rel_pos_bias: a relative position bias in each block.
+        use_shared_rel_pos_bias: one relative position bias for all blocks.
+        use_fc_norm: put the last norm after pooling instead of before; when None, that is where `global_pool` is
+            "avg". Pre-training with "avg" usually wants False, so that the tokens themselves are normalised.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+    """
+
+    index: Tensor | None
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        init_values: float | None = None,
+        use_abs_pos_emb: bool = True,
+        use_rel_pos_bias: bool = False,
+        use_shared_rel_pos_bias: bool = False,
+        use_fc_norm: bool | None = None,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__(img_size, patch_size, in_chans, num_classes, global_pool, embed_dim, num_heads, 1)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.reg_token = None
+        length = 1 + self.patch_embed.num_patches
+        self.pos_embed = nn.Parameter(torch.empty(1, length, embed_dim)) if use_abs_pos_emb else None
+        self.rel_pos_bias = RelativePositionBias(self.grid_size, num_heads) if use_shared_rel_pos_bias else None
+        index = relative_position_index(self.grid_size) if use_rel_pos_bias or use_shared_rel_pos_bias else None
+        self.register_buffer("index", index, persistent=False)  # which row of a bias table, for each pair of tokens
+        bias_grid = self.grid_size if use_rel_pos_bias else None
+        blocks = [
+            BeitBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, init_values, rate, bias_grid)
+            for rate in drop_path_rates(drop_path_rate, depth)
+        ]
+        self.blocks = nn.ModuleList(blocks)
+        self._build_head(norm_after_pool=global_pool == "avg" if use_fc_norm is None else use_fc_norm)
+        self._init_weights(blocks)
+
+    @torch.no_grad()
+    def _init_weights(self, blocks: list[BeitBlock]) -> None:
+        self.apply(init_linear)
+        for embedding in (self.cls_token, self.pos_embed):
+            if embedding is not None:
+                nn.init.trunc_normal_(embedding, std=0.02)
+        for depth, block in enumerate(blocks, start=1):
+            block.attn.proj.weight.div_(math.sqrt(2.0 * depth))  # keeps the sum of residual branches in scale
+            block.mlp.fc2.weight.div_(math.sqrt(2.0 * depth))
+        if isinstance(self.head, nn.Linear):
+            self.head.weight.mul_(0.001)
+
+    def _block_context(self, ids_keep: Tensor | None) -> tuple[Tensor | None, ...]:
+        index = self.index
+        if index is not None and ids_keep is not None:
+            index = visible_pairs(index, ids_keep)
+        shared_bias = self.rel_pos_bias(index) if self.rel_pos_bias is not None else None
+        return index, shared_bias
+
+    def no_weight_decay(self) -> set[str]:
+        """Tokens, positions and bias tables."""
+        tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        return super().no_weight_decay() | tables
+
+
+_BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
+_LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+_POSITIONS = {"use_abs_pos_emb": False, "use_rel_pos_bias": True}
+
+register_encoders(
+    Beit,
+    {
+        "beit_base_patch16_224": {**_BASE, **_POSITIONS, "init_values": 0.1},
+        "beit_base_patch16_384": {**_BASE, **_POSITIONS, "init_values": 0.1, "img_size": 384},
+        "beit_large_patch16_224": {**_LARGE, **_POSITIONS, "init_values": 1e-5},
+        "beit_large_patch16_384": {**_LARGE, **_POSITIONS, "init_values": 1e-5, "img_size": 384},
+        "beit_large_patch16_512": {**_LARGE, **_POSITIONS, "init_values": 1e-5, "img_size": 512},
+        "beitv2_base_patch16_224": {**_BASE, **_POSITIONS, "init_values": 1e-5},
+        "beitv2_large_patch16_224": {**_LARGE, **_POSITIONS, "init_values": 1e-5},
+    },
+)

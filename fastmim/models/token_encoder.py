@@ -1,0 +1,152 @@
+"""What `VisionTransformer` and `Beit` share: patches -> [prefix | patches] with positions -> blocks -> norm -> pool.
+
+Legend: B batch, N = gh * gw patches, K visible patches, P prefix tokens (cls, registers), T = P + N, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastmim.models.encoder import Encoder, InsertFunction, Insertion, pair
+from fastmim.models.transformer import NORM_EPS, PatchEmbed
+
+POOLING = ("", "token", "avg")
+
+
+class TokenEncoder(Encoder):
+    """Base of transformers over square or rectangular patch grids of a fixed size."""
+
+    cls_token: nn.Parameter | None
+    reg_token: nn.Parameter | None
+    pos_embed: nn.Parameter | None
+    no_embed_class: bool = False  # True: positions for patches only
+    blocks: nn.ModuleList
+    norm: nn.Module
+    fc_norm: nn.Module
+    head: nn.Module
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        embed_dim: int,
+        num_heads: int,
+        num_prefix_tokens: int,
+    ) -> None:
+        super().__init__()
+        if global_pool not in POOLING:
+            raise ValueError(f"global_pool is one of {', '.join(map(repr, POOLING))}, but was given {global_pool!r}")
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
+        self.patch_embed = PatchEmbed(pair(img_size, "img_size"), pair(patch_size, "patch_size"), in_chans, embed_dim)
+        self.img_size, self.patch_size = self.patch_embed.img_size, self.patch_embed.patch_size
+        self.grid_size = self.patch_embed.grid_size
+        self.stride = max(self.patch_size)
+        self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
+        self.num_features = self.embed_dim = embed_dim
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def _build_head(self, norm_after_pool: bool) -> None:
+        """The last norm acts on all tokens, or (`norm_after_pool`) on the pooled features only, as timm places it."""
+        final = nn.LayerNorm(self.embed_dim, eps=NORM_EPS)
+        self.norm, self.fc_norm = (nn.Identity(), final) if norm_after_pool else (final, nn.Identity())
+        self.head = nn.Linear(self.embed_dim, self.num_classes) if self.num_classes > 0 else nn.Identity()
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Tokens [B, P + N, D] after the final norm (which models with `fc_norm` apply after pooling instead)."""
+        self._check_images(images)
+        return self._encode(self.patch_embed(images))
+
+    def forward_visible(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+        """Encode the visible patches only; the pixels of the others are not read.
+
+        Args:
+            images: [B, in_chans, H, W].
+            ids_keep: [B, K] int64, row-major patch positions in [0, N), in any order.
+
+        Returns:
+            [B, P + K, D], the patches in the order of `ids_keep`, after the final norm.
+        """
+        self._check_images(images)
+        if ids_keep.ndim != 2 or ids_keep.shape[0] != images.shape[0]:
+            raise ValueError(
+                f"{self._label}: forward_visible expects ids_keep [{images.shape[0]}, K] for images "
+                f"{list(images.shape)}, but was given {list(ids_keep.shape)}"
+            )
+        return self._encode(self.patch_embed.forward_visible(images, ids_keep), ids_keep)
+
+    def forward_map(self, images: Tensor, insert: InsertFunction | None = None, at: int | None = None) -> Tensor:
+        """Patch tokens after the final norm as a map [B, D, gh, gw].
+
+        `insert` acts on the patch tokens [B, N, D]: right after the patch embedding, before prefix tokens and
+        positions, for `at=0` (the default); before block `at` otherwise. Prefix tokens never pass through it.
+        """
+        self._check_images(images)
+        index = self._insertion_index(at, len(self.blocks), default=0)
+        tokens = self._encode(self.patch_embed(images), insert=insert, at=index)
+        return tokens[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.grid_size)
+
+    def insertion(self, at: int | None = None) -> Insertion:
+        """Tokens of the patches, the same at every block."""
+        self._insertion_index(at, len(self.blocks), default=0)
+        if self.patch_size[0] != self.patch_size[1]:
+            raise ValueError(
+                f"{self._label}: cells of {self.patch_size[0]} x {self.patch_size[1]} pixels have no single stride; "
+                f"inserting a mask token needs square patches"
+            )
+        return Insertion(self.embed_dim, self.stride, "tokens")
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool tokens [B, P + N, D] to [B, D] (or keep them, for `global_pool=""`), then norm and classifier."""
+        if self.global_pool == "avg":
+            x = x[:, self.num_prefix_tokens :].mean(dim=1)
+        elif self.global_pool == "token":
+            x = x[:, 0]
+        x = self.fc_norm(x)
+        return x if pre_logits else self.head(x)
+
+    def no_weight_decay(self) -> set[str]:
+        """Tokens and positions that this encoder has."""
+        return {name for name in ("pos_embed", "cls_token", "reg_token") if getattr(self, name) is not None}
+
+    def _encode(
+        self, patches: Tensor, ids_keep: Tensor | None = None, insert: InsertFunction | None = None, at: int = 0
+    ) -> Tensor:
+        if insert is not None and at == 0:
+            patches = insert(patches)
+        x = self._with_prefix_and_positions(patches, ids_keep)
+        context = self._block_context(ids_keep)
+        for index, block in enumerate(self.blocks):
+            if insert is not None and index == at > 0:
+                prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+                x = torch.cat((prefix, insert(patches)), dim=1)
+            x = block(x, *context)
+        return self.norm(x)
+
+    def _block_context(self, ids_keep: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What every block receives beside the tokens."""
+        return ()
+
+    def _with_prefix_and_positions(self, patches: Tensor, ids_keep: Tensor | None) -> Tensor:
+        """[B, N or K, D] -> [B, P + N or K, D]."""
+        prefix: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if self.pos_embed is not None:
+            with_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+            positions = self.pos_embed[:, with_prefix:]
+            # Indexing, not gather: the gradient of learned positions then adds up in a fixed order on every device.
+            patches = patches + (positions if ids_keep is None else positions[0][ids_keep])
+            if prefix and with_prefix:
+                prefix = [torch.cat(prefix, dim=1) + self.pos_embed[:, :with_prefix]]
+        if not prefix:
+            return patches
+        return torch.cat([token.expand(patches.shape[0], -1, -1) for token in prefix] + [patches], dim=1)
+
+    def _check_images(self, images: Tensor) -> None:
+        super()._check_images(images)
+        if tuple(images.shape[2:]) != self.img_size:
+            raise ValueError(
+                f"{self._label}: built for images of {self.img_size[0]} x {self.img_size[1]} pixels (img_size), "
+                f"but was given {images.shape[2]} x {images.shape[3]}"
+            )
