@@ -3,15 +3,25 @@
 Legend: B batch, C channels, H W image, (p, q) patch, N = (H/p) * (W/q) patches, row-major.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastmim.ops.backends import Backends, check_divisible, check_mask, compiled
 from fastmim.ops.masks import PatchSize, patch_pair, patchify
 
 __all__ = ["LOSSES", "masked_patch_loss", "masked_patch_loss_ref", "pixel_loss"]
 
 LOSSES = ("l2", "l1", "focal_l1")
-VARIANCE_EPS = 1e-6  # MAE's, under the root
+VARIANCE_EPS = 1e-6  # under the root, as in MAE
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/element.h numbers them
+_backends = Backends(
+    "masked_patch_loss",
+    cpu="masked_patch_loss",
+    triton="fastmim.kernels.masked_patch_loss",
+    dtypes={"cpu": ELEMENTS, "triton": ELEMENTS},
+)
 
 
 def pixel_loss(error: Tensor, loss: str) -> Tensor:
@@ -37,6 +47,130 @@ def masked_patch_loss_ref(
     error = torch.where(mask.unsqueeze(-1), rows.to(dtype) - target.detach(), 0)
     values = mask.sum() * target.shape[-1]
     return pixel_loss(error, loss).sum() / values.clamp(min=1)
+
+
+torch.library.define(
+    "fastmim::masked_patch_loss",
+    "(Tensor prediction, Tensor image, Tensor mask, int p, int q, bool norm_pix, str loss, str backend)"
+    " -> (Tensor mean_loss, Tensor statistics, Tensor scale)",
+)
+torch.library.define(
+    "fastmim::masked_patch_loss_backward",
+    "(Tensor grad_loss, Tensor prediction, Tensor image, Tensor mask, Tensor statistics, Tensor scale, int p, int q,"
+    " bool norm_pix, str loss, str backend) -> Tensor",
+)
+
+
+def _outputs(prediction: Tensor, mask: Tensor, norm_pix: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Not yet written: the loss, mean and 1/deviation of every removed patch [B, N, 2] (empty without norm_pix), and
+    1 / (number of removed values)."""
+    scalar = torch.empty((), dtype=torch.float32, device=prediction.device)
+    return scalar, scalar.new_empty((*mask.shape, 2) if norm_pix else (0,)), torch.empty_like(scalar)
+
+
+@torch.library.impl("fastmim::masked_patch_loss", ("cpu", "cuda"))
+def _forward(
+    prediction: Tensor, image: Tensor, mask: Tensor, p: int, q: int, norm_pix: bool, loss: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = mask.contiguous()
+    mean_loss, statistics, scale = outputs = _outputs(prediction, mask, norm_pix)
+    partial = torch.empty_like(mask, dtype=torch.float32)
+    if backend == "triton":
+        _backends.triton().forward(prediction, image, mask, (p, q), loss, *outputs, partial)
+    else:
+        compiled().masked_patch_loss(
+            _shape(image, p, q),
+            _patches(prediction, image, p, q),
+            _patches(image, image, p, q),
+            mask.data_ptr(),
+            norm_pix,
+            LOSSES.index(loss),
+            statistics.data_ptr(),
+            partial.data_ptr(),
+            mean_loss.data_ptr(),
+            scale.data_ptr(),
+        )
+    return outputs
+
+
+@torch.library.impl("fastmim::masked_patch_loss_backward", ("cpu", "cuda"))
+def _backward(
+    grad_loss: Tensor,
+    prediction: Tensor,
+    image: Tensor,
+    mask: Tensor,
+    statistics: Tensor,
+    scale: Tensor,
+    p: int,
+    q: int,
+    norm_pix: bool,
+    loss: str,
+    backend: str,
+) -> Tensor:
+    mask, grad_loss, gradient = mask.contiguous(), grad_loss.to(torch.float32), torch.empty_like(prediction)
+    if backend == "triton":
+        _backends.triton().backward(grad_loss, prediction, image, mask, (p, q), loss, statistics, scale, gradient)
+    else:
+        compiled().masked_patch_loss_backward(
+            _shape(image, p, q),
+            _patches(prediction, image, p, q),
+            _patches(image, image, p, q),
+            mask.data_ptr(),
+            norm_pix,
+            LOSSES.index(loss),
+            statistics.data_ptr(),
+            scale.data_ptr(),
+            grad_loss.data_ptr(),
+            _patches(gradient, image, p, q),
+        )
+    return gradient
+
+
+@torch.library.register_fake("fastmim::masked_patch_loss")
+def _fake(
+    prediction: Tensor, image: Tensor, mask: Tensor, p: int, q: int, norm_pix: bool, loss: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(prediction, mask, norm_pix)
+
+
+@torch.library.register_fake("fastmim::masked_patch_loss_backward")
+def _fake_backward(grad_loss: Tensor, prediction: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(prediction)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    prediction, image, mask, *ctx.options = inputs
+    _, statistics, scale = output
+    ctx.mark_non_differentiable(statistics, scale)
+    ctx.save_for_backward(prediction, image, mask, statistics, scale)
+
+
+def _differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    gradient = torch.ops.fastmim.masked_patch_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
+    return gradient, *[None] * 7
+
+
+torch.library.register_autograd("fastmim::masked_patch_loss", _differentiate, setup_context=_save)
+
+
+def _shape(image: Tensor, p: int, q: int) -> tuple[int, ...]:
+    """B, H/p, W/q, p, q, C."""
+    batch, channels, height, width = image.shape
+    return batch, height // p, width // q, p, q, channels
+
+
+def _patches(tensor: Tensor, image: Tensor, p: int, q: int) -> tuple[int, int, tuple[int, ...]]:
+    """Where the pixels of patches lie in an image or in rows of patches, as the kernels take it."""
+    return tensor.data_ptr(), ELEMENTS[tensor.dtype], patch_strides(tensor, image.shape[1], image.shape[3] // q, p, q)
+
+
+def patch_strides(tensor: Tensor, channels: int, grid_columns: int, p: int, q: int) -> tuple[int, ...]:
+    """Elements between batches, rows and columns of the grid, rows and columns of a patch, and channels."""
+    if tensor.dim() == 3:
+        batch, patch, value = tensor.stride()
+        return batch, grid_columns * patch, patch, q * channels * value, channels * value, value
+    batch, channel, row, column = tensor.stride()
+    return batch, p * row, q * column, row, column, channel
 
 
 def masked_patch_loss(
@@ -70,27 +204,30 @@ def masked_patch_loss(
 
     Source: MAE (arXiv 2111.06377), SimMIM (arXiv 2111.09886), A²MIM (arXiv 2205.13943; its code for the focal form).
     """
-    _check(prediction, image, mask, patch_pair(patch_size), loss)
-    return masked_patch_loss_ref(prediction, image, mask, patch_size, norm_pix, loss)
+    p, q = patch_pair(patch_size)
+    _check(prediction, image, mask, p, q, loss)
+    dtype = torch.promote_types(prediction.dtype, image.dtype)
+    chosen = _backends.choose(prediction.device, dtype, backend)
+    if chosen == "reference":
+        return masked_patch_loss_ref(prediction, image, mask, (p, q), norm_pix, loss)
+    return torch.ops.fastmim.masked_patch_loss(prediction, image, mask, p, q, norm_pix, loss, chosen)[0]
 
 
-def _check(prediction: Tensor, image: Tensor, mask: Tensor, patch: tuple[int, int], loss: str) -> None:
+def _check(prediction: Tensor, image: Tensor, mask: Tensor, p: int, q: int, loss: str) -> None:
     """Raises ValueError in the caller's terms."""
-    (p, q), op = patch, "masked_patch_loss"
-    if image.dim() != 4 or image.shape[2] % p or image.shape[3] % q:
-        raise ValueError(
-            f"{op}: image must be [B, C, H, W], H and W divisible by the {p} x {q} patch, got {list(image.shape)}"
-        )
+    op = "masked_patch_loss"
+    if image.dim() != 4:
+        raise ValueError(f"{op}: image must be [B, C, H, W], got {list(image.shape)}")
     batch, channels, height, width = image.shape
+    check_divisible(op, height, width, (p, q))
     cells = (height // p) * (width // q)
     rows = (batch, cells, p * q * channels)
-    if tuple(prediction.shape) not in (rows, tuple(image.shape)):
+    if prediction.shape not in (rows, image.shape):
         raise ValueError(
             f"{op}: prediction must be patches {list(rows)} or an image {list(image.shape)}, "
             f"got {list(prediction.shape)}"
         )
-    if tuple(mask.shape) != (batch, cells) or mask.dtype != torch.bool:
-        raise ValueError(f"{op}: mask must be bool {[batch, cells]}, got {mask.dtype} {list(mask.shape)}")
+    check_mask(op, mask, batch, cells)
     if not (prediction.is_floating_point() and image.is_floating_point()):
         raise ValueError(f"{op}: prediction and image must be floating point, got {prediction.dtype} and {image.dtype}")
     if not prediction.device == image.device == mask.device:
