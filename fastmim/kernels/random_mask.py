@@ -57,7 +57,7 @@ def _forward(
     tl.store(ids_keep + image * K + rank, cell.to(tl.int64), mask=inside & (rank < K))
 
 
-BLOCK, CHUNK = 128, 64
+BLOCK, CHUNK = 64, 32
 
 
 def random_mask(rng: Tensor, ids_keep: Tensor, ids_restore: Tensor, mask: Tensor) -> None:

@@ -4,8 +4,8 @@ An operation names its stations once:
 
     _backends = Backends("random_mask", cpu="random_mask", triton="fastmim.kernels.random_mask")
 
-and asks `choose(device, dtype, backend)`. Chosen automatically, an unavailable backend is passed over quietly; asked for
-by name (`backend=` or FASTMIM_BACKEND=), it fails loudly with its reason.
+and asks `choose(device, dtype, backend)`. Chosen automatically, an unavailable backend is passed over quietly; asked
+for by name (`backend=` or FASTMIM_BACKEND=), it fails loudly with its reason.
 """
 
 import importlib
@@ -77,7 +77,8 @@ class Backends:
         if extension is None:
             return reason
         if not hasattr(extension, station):
-            return f"this build of fastmim._C has no {station}: {extension.build_info()['cuda']}"
+            why = "it is older than the sources, build it again" if name == "cpu" else extension.build_info()["cuda"]
+            return f"this build of fastmim._C has no {station}: {why}"
         return ""
 
     def triton(self) -> ModuleType:

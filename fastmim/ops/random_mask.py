@@ -28,8 +28,8 @@ class Masks(NamedTuple):
 def random_mask_ref(batch_size: int, num_cells: int, num_keep: int, rng: Tensor) -> Masks:
     """What the operation means, in plain PyTorch, on the device of `rng`.
 
-    The noise of cell n of image b is word n % 4 of Philox(key = seed, counter = (n // 4, first + b, step low, step high)).
-    Cells are ranked by (noise, n); the K lowest stay.
+    The noise of cell n of image b is word n % 4 of Philox with key = seed and counter = (n // 4, first + b, step low,
+    step high). Cells are ranked by (noise, n); the K lowest stay.
     """
     seed, step, first = rng.unbind()
     block = torch.arange((num_cells + 3) // 4, device=rng.device)

@@ -1,0 +1,16 @@
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before any kernel is defined: without a GPU the Triton kernels are interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test with a `backend` parameter runs with that backend's instruction set."""
+    isa = getattr(request.node, "callspec", None) and getattr(request.node.callspec.params.get("backend"), "isa", "")
+    if isa:
+        monkeypatch.setenv("FASTMIM_ISA", isa)
