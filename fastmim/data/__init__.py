@@ -17,7 +17,7 @@ from fastmim.data.errors import BadDataError, DataError, WorkerError
 if TYPE_CHECKING:
     from fastmim.data.evaluation import eval_batches, split
     from fastmim.data.loader import Loader, RawBatch, TrainLoader, create_loader
-    from fastmim.data.normalise import normalise
+    from fastmim.data.pixels import normalise
     from fastmim.data.sources import Source, create_source, held_out_source
 
 __all__ = [
@@ -47,7 +47,7 @@ _HOMES = {
     "held_out_source": "sources",
     "eval_batches": "evaluation",
     "split": "evaluation",
-    "normalise": "normalise",
+    "normalise": "pixels",
 }
 
 
@@ -55,6 +55,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    # Kept under its name: importing the submodule `normalise` would otherwise leave the module there, not the function.
     globals()[name] = value
     return value

@@ -81,4 +81,6 @@ class DataConfig:
         if self.source == "folder" and self.root is None:
             raise DataError("data.source is folder, but data.root is not given: say --data.root DIR.")
         if self.source == "digits" and self.root is not None:
-            raise DataError(f"data.source is digits, which reads no folder, but data.root is {self.root}: drop one of the two.")
+            raise DataError(
+                f"data.source is digits, which reads no folder, but data.root is {self.root}: drop one of the two."
+            )

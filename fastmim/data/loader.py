@@ -1,0 +1,183 @@
+"""Training batches: an endless stream, the same whatever the number of workers or processes.
+
+The stream is the source in the order of pass 0, then of pass 1, and so on. Step s takes the `batch_size` positions from
+s * batch_size; where several processes train, each takes its part of them. So a batch is a function of (seed, step),
+a source smaller than a batch simply comes round again, and to resume is to start at another step.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmim.data.budget import Budget
+from fastmim.data.config import DataConfig
+from fastmim.data.draws import permutation
+from fastmim.data.errors import DataError
+from fastmim.data.pipeline import TrainRow
+from fastmim.data.pixels import normalise
+from fastmim.data.sources import Source
+from fastmim.data.workers import Batches, Task, create_batches
+
+
+@dataclass
+class RawBatch:
+    """This process's part of one batch.
+
+    images: [B, C, H, W] float32 (normalised) or uint8, as `DataConfig.output` says.
+    labels: [B] int64, or None where images have no labels.
+    indices: [B] int64, the images in it, after replacements.
+    replaced: unreadable images replaced since the start of the run, in this process's batches, this one included.
+        An image that is met again counts again.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    indices: Tensor
+    replaced: int
+
+
+class Loader(Protocol):
+    """What the trainer needs: any pipeline gives its batches in this way."""
+
+    steps_per_epoch: int
+    step: int  # the step whose batch comes next
+
+    def __iter__(self) -> Iterator[RawBatch]: ...
+
+    def __next__(self) -> RawBatch: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TrainLoader:
+    """The Pillow pipeline. An iterator and a context manager; workers start with the first batch, `close` ends them.
+
+    Args:
+        source: the images.
+        img_size: (height, width).
+        batch_size: images of a step, over all processes.
+        seed: with the step, decides everything.
+        rank, world_size: which part of each batch is ours.
+        start_step: first step to give.
+
+    Raises:
+        DataError: a batch that cannot be shared equally among the processes.
+        BadDataError: from `next`, when more files were unreadable than the budget allows.
+        WorkerError: from `next`, when a worker process failed.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        cfg: DataConfig,
+        img_size: tuple[int, int],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        cfg.check()
+        if batch_size < 1 or batch_size % world_size:
+            raise DataError(
+                f"batch_size must be a positive multiple of the {world_size} process{'es' if world_size > 1 else ''}; "
+                f"got {batch_size}."
+            )
+        self.source = source
+        self.mean, self.std = source.mean, source.std
+        self.steps_per_epoch = max(1, len(source) // batch_size)
+        self.step = start_step
+        self.workers = workers_for(source, cfg)
+        self._output = cfg.output
+        self._batch_size = batch_size
+        self._share = batch_size // world_size
+        self._first = rank * self._share
+        self._ahead = cfg.prefetch
+        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, epoch, len(source)))
+        self._make = TrainRow(source, cfg, img_size, seed)
+        self._shape = (self._share, source.in_chans, *img_size)
+        self._budget = Budget(source, cfg)
+        self._batches: Batches | None = None
+        self._asked = start_step
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> RawBatch:
+        if self._batches is None:
+            self._batches = create_batches(self._make, self._shape, self.workers, self._ahead, self.source.path)
+            self._asked = self.step
+        while self._asked < self.step + self._batches.ahead:
+            self._batches.ask(self._tasks(self._asked))
+            self._asked += 1
+        pixels, made = self._batches.take()
+        self.step += 1
+        for row in made:
+            self._budget.record(row)
+        indices = np.array([row.image for row in made], dtype=np.int64)
+        labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[indices])
+        images = torch.from_numpy(pixels)
+        # Either way a copy: the slot is filled again by the next call.
+        images = images.clone() if self._output == "uint8" else normalise(images, self.mean, self.std)
+        return RawBatch(images, labels, torch.from_numpy(indices), self._budget.replaced)
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands: JSON; batches that were made ahead but not given count as not made."""
+        return {"step": self.step, **self._budget.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue where `state()` was taken, in this or another process."""
+        self.close()
+        self.step = int(state["step"])
+        self._budget.load_state(state)
+
+    def close(self) -> None:
+        """End the workers. The next `next` would start them again."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _tasks(self, step: int) -> list[Task]:
+        positions = np.arange(self._share) + (step * self._batch_size + self._first)
+        epochs, places = np.divmod(positions, len(self.source))
+        return [(epoch, int(self._order(epoch)[place])) for epoch, place in zip(epochs.tolist(), places, strict=True)]
+
+
+def create_loader(
+    source: Source,
+    cfg: DataConfig,
+    img_size: tuple[int, int],
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+) -> Loader:
+    """The training loader that `cfg` asks for; arguments as `TrainLoader` has them."""
+    return TrainLoader(source, cfg, img_size, batch_size, seed, rank, world_size, start_step)
+
+
+def workers_for(source: Source, cfg: DataConfig) -> int:
+    """How many worker processes `cfg.workers` means on this machine, for each training process on it."""
+    if cfg.workers != "auto":
+        return cfg.workers
+    if source.in_memory:
+        return 0
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
