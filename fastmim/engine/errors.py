@@ -1,6 +1,7 @@
 """How a run ends: exceptions that carry the exit code of the command.
 
-0 done, 1 bug, 2 user or configuration, 3 data over budget, 4 non-finite, 5 disk full, 75 preempted and saved, 130 Ctrl-C.
+0 done, 1 bug, 2 user or configuration, 3 data over budget, 4 non-finite, 5 disk full,
+75 preempted and saved, 130 Ctrl-C.
 """
 
 DONE, BUG, USER, DATA, NON_FINITE, DISK_FULL, PREEMPTED, CTRL_C = 0, 1, 2, 3, 4, 5, 75, 130

@@ -1,7 +1,35 @@
-"""A run's output folder."""
+"""A run's output folder: its layout, its lock, and how the run ended."""
 
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+import time
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
+
+from fastmim.engine.errors import BUG, DONE, RunFolderError, exit_code
+from fastmim.engine.logs import start_logs, stop_logs
+
+logger = logging.getLogger(__name__)
+
+_LOCK = "run.lock"
+_OURS = (
+    "config.yaml",
+    "train.log",
+    "metrics.jsonl",
+    "exit.json",
+    "nonfinite.json",
+    "tensorboard",
+    "checkpoints",
+    "pictures",
+    "export",
+)
+_held: set[Path] = set()  # folders that this very process holds: record locks do not exclude their own process
 
 
 class RunFolder:
@@ -11,21 +39,123 @@ class RunFolder:
             run.write("config.yaml", text)
             Trainer(method, loader, run, ...).fit()
 
+    While entered, the folder is locked, log lines of the package go to train.log and the terminal; on leaving,
+    exit.json gets the exit code and the reason. With `fresh`, what an earlier run wrote moves to previous-1/ (2, ...).
+
     Raises:
-        RunFolderError: exit code 2: another run holds the folder, or it is not writable.
+        RunFolderError: exit code 2: another run holds the folder, or it cannot be written.
     """
 
     def __init__(self, path: str | Path, *, fresh: bool = False) -> None:
         self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.pictures = self.path / "pictures"
+        self.export = self.path / "export"
+        self.tensorboard = self.path / "tensorboard"
+        self.metrics = self.path / "metrics.jsonl"
+        self._fresh = fresh
+        self._lock: TextIO | None = None
+        self._handlers: list[logging.Handler] = []
+        self._news: list[str] = []  # to be logged once there is a log
 
     def __enter__(self) -> "RunFolder":
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            if self._fresh:
+                self._set_aside()
+            for folder in (self.checkpoints, self.pictures):
+                folder.mkdir(exist_ok=True)
+            (self.path / "exit.json").unlink(missing_ok=True)
+            self._handlers = start_logs(self.path / "train.log")
+        except OSError as error:
+            self._release()
+            raise RunFolderError(f"out: {self.path} cannot be written ({error.strerror})") from None
+        for line in self._news:
+            logger.info(line)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        pass
+        code = exit_code(error)
+        reason = "done" if error is None else str(error) or type(error).__name__
+        if code == BUG:
+            logger.error("%s", reason, exc_info=error, extra={"file_only": True})
+        elif code != DONE:
+            logger.info("exit code %d: %s", code, reason, extra={"file_only": True})
+        try:
+            self.write(
+                "exit.json", json.dumps({"code": code, "reason": reason, "time": time.strftime("%FT%T%z")}) + "\n"
+            )
+        except OSError as trouble:
+            logger.warning("exit.json cannot be written: %s", trouble.strerror)
+        stop_logs(self._handlers)
+        self._release()
 
     def write(self, name: str, text: str) -> Path:
-        """Write a small text file atomically."""
-        raise NotImplementedError
+        """Write a small text file of the folder, whole or not at all."""
+        path = self.path / name
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return path
+
+    def _take_lock(self) -> None:
+        """Hold a record lock: the kernel frees it with this process however that ends, and forked workers have none."""
+        path = self.path.resolve()
+        if path in _held:
+            raise RunFolderError(f"out: {self.path} is in use by a run of this very process")
+        file = (self.path / _LOCK).open("a+", encoding="utf-8")
+        file.seek(0)
+        holder = file.read()
+        if holder:
+            self._news.append(f"The lock of {_describe(holder)}, which ended without releasing it, is taken over.")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                raise RunFolderError(
+                    f"out: {self.path} is in use by {_describe(holder)}; choose another --out"
+                ) from None
+            self._news.append(f"No lock protects {self.path}: its file system has none ({error.strerror}).")
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%FT%T%z")}))
+        file.flush()
+        self._lock = file
+        _held.add(path)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            try:
+                self._lock.truncate(0)
+                self._lock.close()
+            except OSError:
+                pass  # the kernel frees it with the process
+            self._lock = None
+            _held.discard(self.path.resolve())
+
+    def _set_aside(self) -> None:
+        old = [self.path / name for name in _OURS if (self.path / name).exists()]  # a user's other files stay
+        if not old:
+            return
+        number = 1
+        while (self.path / f"previous-{number}").exists():
+            number += 1
+        target = self.path / f"previous-{number}"
+        target.mkdir()
+        for entry in old:
+            shutil.move(entry, target / entry.name)
+
+
+def _describe(holder: str) -> str:
+    try:
+        facts = json.loads(holder)
+        return f"process {facts['pid']} on {facts['host']} since {facts['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another run"

@@ -48,8 +48,8 @@ class OptimConfig:
     lr: float | None = None
     """Peak learning rate, absolute. Give this or `base_lr`."""
     base_lr: float | None = None
-    """Peak learning rate per `lr_per` images: the peak is base_lr * batch_size / lr_per. With neither `lr` nor `base_lr`
-    the peak is 1.5e-4 per 256 images, but at least 5e-4."""
+    """Peak learning rate per `lr_per` images: the peak is base_lr * batch_size / lr_per. With neither `lr` nor
+    `base_lr` the peak is 1.5e-4 per 256 images, but at least 5e-4."""
     lr_per: int = 256
     """Number of images that `base_lr` refers to: 256 (MAE) or 512 (SimMIM)."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -1,12 +1,40 @@
-"""The training loop."""
+"""The training loop: data, step, log, picture, checkpoint, and how to start and stop in between."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from fastmim.data import Loader, normalise
+from fastmim.engine.checkpoint import Checkpoint, CheckpointStore, check_fits, find_checkpoint
+from fastmim.engine.ema import Ema
+from fastmim.engine.errors import CheckpointError, DiskFullError, Interrupted
+from fastmim.engine.health import FiniteWatch
+from fastmim.engine.injector import inject
+from fastmim.engine.metrics import MetricsFile, cut_metrics
+from fastmim.engine.optimizer import create_optimizer, load_optimizer_state, optimizer_state, set_lr
+from fastmim.engine.pictures import picture_grid, save_picture
+from fastmim.engine.precision import choose_device, choose_precision
+from fastmim.engine.progress import create_progress
+from fastmim.engine.rng import make_deterministic, rng_states, seed_step, set_rng_states
 from fastmim.engine.run_folder import RunFolder
-from fastmim.engine.settings import EngineConfig, LogConfig, OptimConfig
+from fastmim.engine.schedule import Schedule
+from fastmim.engine.settings import EngineConfig, LogConfig, OptimConfig, in_steps
+from fastmim.engine.signals import StopSignals
+from fastmim.engine.step import StepOutput, TrainStep
+from fastmim.engine.tensorboard import TensorBoard, create_board
+from fastmim.methods import Method, Pictures
+
+logger = logging.getLogger(__name__)
+
+_FAILED_SAVES = 3  # in a row, before the run ends for want of disk
 
 
 @dataclass
@@ -14,16 +42,38 @@ class FitResult:
     """What a finished `Trainer.fit` did."""
 
     step: int  # steps behind the weights, including those before a resume
-    steps: int  # steps done by this call
-    images: int  # images seen by this call
-    seconds: float  # wall time of those steps, checkpoints and pictures left out
-    images_per_second: float  # images / seconds
-    data_wait: float  # share of `seconds` spent waiting for the loader
-    last_loss: float | None  # loss of the last step; None when there was nothing left to do
-    skipped: int  # steps skipped as non-finite
-    resumed_from: int  # step of the checkpoint this call started from, 0: none
-    checkpoint: Path | None  # the newest checkpoint
-    picture: Path | None  # the newest reconstruction picture
+    steps: int = 0  # steps done by this call
+    images: int = 0  # images seen by this call
+    seconds: float = 0.0  # wall time of those steps, checkpoints and pictures left out
+    waited: float = 0.0  # seconds of those spent waiting for the loader
+    last_loss: float | None = None  # loss of the last step; None when there was nothing left to do
+    skipped: int = 0  # steps skipped as non-finite, including those before a resume
+    resumed_from: int = 0  # step of the checkpoint this call started from, 0: none
+    checkpoint: Path | None = None  # the newest checkpoint
+    picture: Path | None = None  # the newest reconstruction picture
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time spent waiting for the loader."""
+        return self.waited / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass
+class _Interval:
+    """Counted since the last logged step."""
+
+    images: int = 0
+    waited: float = 0.0
+    paused: float = 0.0  # spent on checkpoints and pictures
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        return max(time.perf_counter() - self.began - self.paused, 1e-9)
 
 
 class Trainer:
@@ -31,14 +81,14 @@ class Trainer:
 
     Args:
         method: the `fastmim.methods.Method` to train, on any device; moved to the one the settings name.
-        loader: called with the step to start at (0, or the step resumed from), returns the endless iterable of
-            `RawBatch` that yields the batch of that step first. Closed (`.close()`, where it has one) at the end.
+        loader: called with the step to start at (0, or the step resumed from), returns the loader that gives the batch
+            of that step first; it is closed at the end.
         run: the open run folder.
         batch_size: images per step (the global batch).
         total_steps: steps of the whole run; a run resumed at step k does total_steps - k.
         mean, std: per channel, of the normalised images; for uint8 batches and pictures.
         meta: JSON-able facts stored in every checkpoint (method, model, img_size, ...), for whoever loads it.
-        resume: "auto" (newest good checkpoint of `run`, if any), "never", or the path of a checkpoint folder.
+        resume: "auto" (newest good checkpoint of `run`, if any), "never", or the path of a checkpoint or run folder.
 
     Raises:
         ValueError: settings that do not fit each other.
@@ -47,8 +97,8 @@ class Trainer:
 
     def __init__(
         self,
-        method: Any,
-        loader: Callable[[int], Iterable[Any]],
+        method: Method,
+        loader: Callable[[int], Loader],
         run: RunFolder,
         optim: OptimConfig,
         engine: EngineConfig,
@@ -63,7 +113,251 @@ class Trainer:
         meta: Mapping[str, Any],
         resume: str | Path = "auto",
     ) -> None:
-        raise NotImplementedError
+        if batch_size % optim.accumulate:
+            raise ValueError(f"batch_size {batch_size} is not divisible by optim.accumulate {optim.accumulate}")
+        self.loader, self.run, self.engine, self.log = loader, run, engine, log
+        self.batch_size, self.total_steps, self.steps_per_epoch = batch_size, total_steps, steps_per_epoch
+        self.seed, self.mean, self.std = seed, mean, std
+        self.device = choose_device(engine.device)
+        self.precision, why = choose_precision(engine.precision, self.device)
+        torch.backends.cudnn.benchmark = not engine.deterministic  # shapes never change
+        if engine.deterministic:
+            make_deterministic()
+        self.method = method.to(self.device).train()
+        self.optimizer = create_optimizer(self.method, optim)
+        peak = optim.peak_lr(batch_size)
+        self.schedule = Schedule.of(optim, peak=peak, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+        self.ema = Ema(self.method, engine.ema) if engine.ema else None
+        self.train_step = TrainStep(
+            self.method,
+            self.optimizer,
+            optim,
+            precision=self.precision,
+            device=self.device,
+            seed=seed,
+            micro_batch=batch_size // optim.accumulate,
+            stop=engine.nonfinite == "stop",
+            ema=self.ema,
+        )
+        self.log_every = in_steps(log.every, steps_per_epoch)
+        self.pictures_every = in_steps(log.pictures_every, steps_per_epoch)
+        self.checkpoint_every = in_steps(engine.checkpoint_every, steps_per_epoch)
+        self.facts = {
+            "seed": seed,
+            "batch_size": batch_size,
+            "steps_per_epoch": steps_per_epoch,
+            "total_steps": total_steps,
+            "precision": self.precision,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "meta": json.loads(json.dumps(dict(meta), default=str)),
+        }
+        self.result = FitResult(step=0, picture=max(run.pictures.glob("step-*.png"), default=None))
+        self.batches: Loader | None = None
+        self.replaced = 0  # unreadable images, since the start of the run
+        self._resumed: dict[str, Any] | None = None  # state.json of the checkpoint started from
+        self.watch = FiniteWatch(self.train_step, run, engine, seed)
+        self._failed_saves = 0
+        self.store = CheckpointStore(run.checkpoints, engine.keep_checkpoints)
+        self._start(str(resume))
+        logger.info(
+            "%s, %s (%s), batch size %d, peak learning rate %.3g, %d steps (%.4g epochs)",
+            self.device,
+            self.precision,
+            why,
+            batch_size,
+            peak,
+            total_steps,
+            total_steps / steps_per_epoch,
+        )
 
     def fit(self) -> FitResult:
-        raise NotImplementedError
+        """Train up to `total_steps`, from wherever the run stands."""
+        result = self.result
+        if result.step >= self.total_steps:
+            logger.info("The run is complete at step %d: nothing is left to train.", result.step)
+            return result
+        with ExitStack() as stack:
+            signals = stack.enter_context(StopSignals())
+            metrics = stack.enter_context(closing(MetricsFile(self.run.metrics)))
+            board = stack.enter_context(closing(create_board(self.log.tensorboard, self.run.tensorboard, result.step)))
+            progress = stack.enter_context(closing(create_progress(self.log.progress, result.step, self.total_steps)))
+            batches = self.batches = stack.enter_context(closing(self.loader(result.step)))
+            if self._resumed is not None:
+                batches.load_state(self._resumed["data"])
+                set_rng_states(self._resumed["rng"], self.device)
+            interval = _Interval()
+            while result.step < self.total_steps:
+                inject("step", result.step + 1)
+                if signals.received is not None:
+                    raise self._stopped(signals)
+                output = self._one_step(batches, interval)
+                step, last = result.step, result.step == self.total_steps
+                if last or step % self.log_every == 0:
+                    values = self._read(output, interval)
+                    interval = _Interval()
+                    metrics.write(values)
+                    board.scalars(values, step)
+                    progress.update(step, values)
+                elif self.device.type == "cpu":
+                    self.watch.check()  # costs nothing there
+                paused = time.perf_counter()
+                if output.pictures is not None:
+                    self._draw(output.pictures, board)
+                if last or (self.checkpoint_every and step % self.checkpoint_every == 0):
+                    self.watch.check()
+                    self._save(must=last)
+                interval.paused += time.perf_counter() - paused
+        result.skipped = self.watch.skipped
+        return result
+
+    def _one_step(self, batches: Loader, interval: _Interval) -> StepOutput:
+        step = self.result.step
+        asked = time.perf_counter()
+        raw = next(batches)
+        interval.waited += time.perf_counter() - asked
+        interval.images += len(raw.images)
+        self.replaced = raw.replaced
+        self.watch.add(step, raw.indices)
+        seed_step(self.seed, step, self.device)
+        set_lr(self.optimizer, self.schedule.lr(step))
+        done = step + 1
+        draw = done == self.total_steps or bool(self.pictures_every and done % self.pictures_every == 0)
+        output = self.train_step(
+            self._normalised(raw.images), self._moved(raw.labels), self._moved(raw.indices), step, pictures=draw
+        )
+        self.result.step += 1
+        self.result.steps += 1
+        return output
+
+    def _moved(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(self.device, non_blocking=True)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True)
+        return normalise(images, self.mean, self.std) if images.dtype == torch.uint8 else images
+
+    def _read(self, output: StepOutput, interval: _Interval) -> dict[str, float | int | None]:
+        """The line of a logged step: the one place where the host waits for the device."""
+        names = ["loss", *output.parts, "grad_norm"]
+        tensors = [output.loss, *output.parts.values(), output.grad_norm]
+        numbers = dict(zip(names, torch.stack([t.float() for t in tensors]).tolist(), strict=True))
+        self.watch.check()
+        result = self.result
+        result.last_loss = numbers["loss"]
+        result.images += interval.images
+        result.seconds += interval.seconds
+        result.waited += interval.waited
+        return {
+            "step": result.step,
+            "epoch": round(result.step / self.steps_per_epoch, 4),
+            **{name: numbers[name] for name in names[:-1]},
+            "lr": self.schedule.lr(result.step - 1),
+            "grad_norm": numbers["grad_norm"],
+            "images_per_second": round(interval.images / interval.seconds, 2),
+            "data_wait": round(interval.waited / interval.seconds, 4),
+            "replaced_images": self.replaced,
+            **({"skipped_steps": self.watch.skipped} if self.watch.skipped else {}),
+        }
+
+    def _draw(self, pictures: Callable[[], Pictures], board: TensorBoard) -> None:
+        step = self.result.step
+        with torch.no_grad():
+            grid = picture_grid(pictures(), self.mean, self.std)
+        path = self.run.pictures / f"step-{step:08d}.png"
+        try:
+            save_picture(path, grid)
+            self.result.picture = path
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", path, error.strerror)
+        board.picture("reconstruction", grid, step)
+
+    def _stopped(self, signals: StopSignals) -> Interrupted:
+        """Save, and say how to go on."""
+        assert signals.received is not None
+        step = self.result.step
+        if self.result.steps:  # else there is nothing that the newest checkpoint lacks
+            self.watch.check()
+            self._save(must=True)
+        saved = f"saved in {self.result.checkpoint}" if self.result.checkpoint else "nothing to save yet"
+        return Interrupted(
+            f"Stopped by {signals.received.name} after step {step} of {self.total_steps}; {saved}. "
+            f"The same command with --resume auto goes on from there.",
+            signals.code,
+        )
+
+    def _save(self, must: bool) -> None:
+        """Write a checkpoint; `must`: the run ends here, so a full disk is an error at once."""
+        result = self.result
+        if result.checkpoint is not None and result.checkpoint.name == f"step-{result.step:08d}":
+            return
+        tensors = {"method": self.method.state_dict(), "optimizer": optimizer_state(self.optimizer)}
+        if self.ema is not None:
+            tensors["ema"] = self.ema.state_dict()
+        state = {
+            **self.facts,
+            "epoch": result.step / self.steps_per_epoch,
+            "replaced_images": self.replaced,
+            "skipped_steps": self.watch.skipped,
+            "data": self.batches.state() if self.batches is not None else None,
+            "rng": rng_states(self.device),
+        }
+        try:
+            result.checkpoint = self.store.save(result.step, tensors, state)
+            self._failed_saves = 0
+        except OSError as error:
+            self._failed_saves += 1
+            newest = result.checkpoint or "none yet"
+            logger.error("No checkpoint at step %d: %s (the newest is %s)", result.step, error.strerror, newest)
+            if must or self._failed_saves >= _FAILED_SAVES:
+                raise DiskFullError(
+                    f"Checkpoints cannot be written to {self.store.folder}: {error.strerror}. The newest is {newest}; "
+                    f"free some space and repeat the command with --resume auto."
+                ) from None
+
+    def _start(self, resume: str) -> None:
+        """Find the checkpoint to start from, if any, and make the folder agree with it."""
+        self.store.sweep()
+        if resume == "auto":
+            checkpoint = self.store.newest()
+        elif resume == "never":
+            checkpoint = None
+        else:
+            checkpoint = find_checkpoint(Path(resume))
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        for path in self.store.steps():  # a later one belongs to a run that this one replaces
+            if path.name > f"step-{self.result.step:08d}":
+                self.store.set_aside(path, "superseded")
+        cut_metrics(self.run.metrics, self.result.step)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Check everything, then copy."""
+        path, tensors = checkpoint.path, checkpoint.tensors
+        here = self.method.state_dict()
+        check_fits(f"{path}: method", here, tensors.get("method", {}))
+        if self.ema is not None and "ema" in tensors:
+            check_fits(f"{path}: ema", self.ema.average, tensors["ema"])
+        if checkpoint.step > self.total_steps:
+            raise CheckpointError(
+                f"{path} is at step {checkpoint.step}, beyond this run's {self.total_steps}; give more epochs or steps"
+            )
+        load_optimizer_state(self.optimizer, tensors.get("optimizer", {}), str(path))
+        with torch.no_grad():
+            for name, tensor in here.items():
+                tensor.copy_(tensors["method"][name])
+            if self.ema is not None:
+                for name, tensor in self.ema.average.items():
+                    tensor.copy_(tensors.get("ema", tensors["method"])[name])
+        state = checkpoint.state
+        changed = [f"{k} {state.get(k)} -> {v}" for k, v in self.facts.items() if k != "meta" and state.get(k) != v]
+        if changed:
+            logger.warning("Resumed with changes, so the steps to come may not repeat exactly: %s", "; ".join(changed))
+        self._resumed = state
+        self.replaced = state["replaced_images"]
+        self.watch.skipped = state["skipped_steps"]
+        self.result.step = self.result.resumed_from = checkpoint.step
+        if path.parent == self.store.folder:
+            self.result.checkpoint = path
+        logger.info("Resumed from %s", path)

@@ -1,0 +1,105 @@
+"""AdamW over correctly grouped parameters, with a learning rate that a captured step can change."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastmim.engine.checkpoint import check_fits
+from fastmim.engine.settings import OptimConfig
+
+__all__ = [
+    "OptimConfig",
+    "create_optimizer",
+    "load_optimizer_state",
+    "named_parameters",
+    "optimizer_state",
+    "parameter_groups",
+    "set_lr",
+]
+
+
+def parameter_groups(
+    method: nn.Module, weight_decay: float, no_decay: Iterable[str] = (), lr_scales: Mapping[str, float] | None = None
+) -> list[dict]:
+    """Trained parameters grouped by (decayed or not, learning-rate scale), in the order of the method.
+
+    Not decayed: biases, parameters with at most one dimension (norms, LayerScale), names in `no_decay`.
+    Each group has "params", "names", "weight_decay" and "lr_scale".
+
+    Raises:
+        ValueError: `lr_scales` names a parameter that is not there, or there is nothing to train.
+    """
+    lr_scales, no_decay = dict(lr_scales or {}), set(no_decay)
+    named = list(method.named_parameters())
+    unknown = sorted(set(lr_scales) - {name for name, _ in named})
+    if unknown:
+        raise ValueError(f"lr_scales names parameters that {type(method).__name__} does not have: {', '.join(unknown)}")
+    groups: dict[tuple[bool, float], dict] = {}
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in no_decay
+        scale = lr_scales.get(name, 1.0)
+        new = {"params": [], "names": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
+        group = groups.setdefault((decays, scale), new)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    if not groups:
+        raise ValueError(f"{type(method).__name__} has no parameter that requires a gradient: nothing to train")
+    return list(groups.values())
+
+
+def create_optimizer(method: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW for a `Method` that lies on its device.
+
+    Fused, because one kernel reads and writes each tensor once, and because it leaves everything untouched where its
+    `found_inf` tensor is 1: the finite check needs no host. On a GPU the learning rate is a tensor, so that changing
+    it neither synchronises nor is baked into a captured step.
+    """
+    groups = parameter_groups(method, optim.weight_decay, method.no_weight_decay(), method.lr_scales())  # type: ignore[operator]
+    device = groups[0]["params"][0].device
+    for group in groups:
+        group["lr"] = torch.zeros((), device=device) if device.type == "cuda" else 0.0
+    lr: float | Tensor = groups[0]["lr"]
+    return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set every group's learning rate to lr * its scale, without a host synchronisation."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr * group["lr_scale"])
+        else:
+            group["lr"] = lr * group["lr_scale"]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's tensors under "exp_avg/encoder.norm.weight" and the like."""
+    return {
+        f"{key}/{name}": value
+        for name, parameter in named_parameters(optimizer)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Put back what `optimizer_state` gave. Raises CheckpointError, with nothing changed, where it does not fit."""
+    present = {key.partition("/")[2] for key in tensors}  # a parameter that never had a gradient has no state
+    expected = {}
+    for name, parameter in named_parameters(optimizer):
+        if name in present:
+            expected[f"step/{name}"] = torch.zeros((), device=parameter.device)
+            expected[f"exp_avg/{name}"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            expected[f"exp_avg_sq/{name}"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    check_fits(f"{where}: optimizer", expected, tensors)
+    for key, tensor in expected.items():
+        tensor.copy_(tensors[key])
+    for name, parameter in named_parameters(optimizer):
+        if name in present:
+            optimizer.state[parameter] = {key: expected[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+
+
+def named_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """Every trained parameter with its name in the method."""
+    return [pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)]
