@@ -114,7 +114,7 @@ class Beit(TokenEncoder):
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
     """
 
-    index: Tensor | None
+    relative_position_index: Tensor | None  # the row of a bias table for each pair of tokens
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class Beit(TokenEncoder):
         self.pos_embed = nn.Parameter(torch.empty(1, length, embed_dim)) if use_abs_pos_emb else None
         self.rel_pos_bias = RelativePositionBias(self.grid_size, num_heads) if use_shared_rel_pos_bias else None
         index = relative_position_index(self.grid_size) if use_rel_pos_bias or use_shared_rel_pos_bias else None
-        self.register_buffer("index", index, persistent=False)  # which row of a bias table, for each pair of tokens
+        self.register_buffer("relative_position_index", index, persistent=False)
         bias_grid = self.grid_size if use_rel_pos_bias else None
         blocks = [
             BeitBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, init_values, rate, bias_grid)
@@ -165,7 +165,7 @@ class Beit(TokenEncoder):
             self.head.weight.mul_(0.001)
 
     def _block_context(self, ids_keep: Tensor | None) -> tuple[Tensor | None, ...]:
-        index = self.index
+        index = self.relative_position_index
         if index is not None and ids_keep is not None:
             index = visible_pairs(index, ids_keep)
         shared_bias = self.rel_pos_bias(index) if self.rel_pos_bias is not None else None

@@ -38,7 +38,9 @@ def _define_torchvision_schemas() -> None:
 def timm() -> ModuleType:
     for package in ("timm", "torchvision"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed; `pip install --no-deps timm torchvision` adds what timm needs here")
+            pytest.skip(
+                f"{package} is not installed; `pip install --no-deps timm torchvision` adds what timm needs here"
+            )
     if not _torchvision_operators_load():
         _define_torchvision_schemas()
     return importlib.import_module("timm")
