@@ -1,8 +1,26 @@
 """Functions on tensors, each with a readable reference beside its kernels."""
 
 from fastmim.ops.frequency_loss import frequency_loss
+from fastmim.ops.masked_conv import masked_conv2d
 from fastmim.ops.masked_patch_loss import masked_patch_loss
+from fastmim.ops.masked_pool import masked_avg_pool2d, masked_max_pool2d
 from fastmim.ops.masks import patchify, unpatchify, upsample_mask
 from fastmim.ops.random_mask import Masks, random_mask
+from fastmim.ops.tile_index import TileIndex
+from fastmim.ops.tiles import gather_tiles, scatter_tiles
 
-__all__ = ["Masks", "frequency_loss", "masked_patch_loss", "patchify", "random_mask", "unpatchify", "upsample_mask"]
+__all__ = [
+    "Masks",
+    "TileIndex",
+    "frequency_loss",
+    "gather_tiles",
+    "masked_avg_pool2d",
+    "masked_conv2d",
+    "masked_max_pool2d",
+    "masked_patch_loss",
+    "patchify",
+    "random_mask",
+    "scatter_tiles",
+    "unpatchify",
+    "upsample_mask",
+]
