@@ -3,11 +3,14 @@
 Legend: B batch, K visible cells, t tile side, s stride, C input and O output channels, k kernel side.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmim.ops.backends import Backends
+from fastmim.ops.backends import Backends, compiled
 from fastmim.ops.tile_index import TileIndex
 from fastmim.ops.tiles import check_tiles, gather_tiles, scatter_tiles
 
@@ -17,7 +20,7 @@ DENSE_KERNELS = (1, 3, 5, 7)
 DEPTHWISE_KERNELS = (3, 5, 7)
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/element.h numbers them
 _backends = {
-    "masked_depthwise": Backends("masked_depthwise", dtypes={"cpu": ELEMENTS}),
+    "masked_depthwise": Backends("masked_depthwise", cpu="masked_depthwise", dtypes={"cpu": ELEMENTS}),
     "masked_dense": Backends("masked_dense", dtypes={"cpu": ELEMENTS}),
 }
 
@@ -31,6 +34,159 @@ def masked_conv2d_ref(
     padding = weight.shape[-1] // 2
     dense = F.conv2d(scatter_tiles(x, tiles), weight.to(x.dtype), bias, stride, padding, groups=groups)
     return gather_tiles(dense, tiles)
+
+
+def _shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
+    """B, K, t, C, k, s, as the CPU kernels take it."""
+    return *x.shape[:3], x.shape[4], weight.shape[2], stride
+
+
+def _output(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """[B, K, t / s, t / s, O], not yet written."""
+    batch, count, side, _, _ = x.shape
+    return x.new_empty((batch, count, side // stride, side // stride, weight.shape[0]))
+
+
+def _elements(x: Tensor, weight: Tensor) -> tuple[int, int]:
+    return ELEMENTS[x.dtype], ELEMENTS[weight.dtype]
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class _Family:
+    """One of the two kinds of convolution, as three registered operators that share their signatures:
+
+    fastmim::NAME                    (x, weight, bias, neighbours, stride, backend) -> out
+    fastmim::NAME_input_gradient     (gradient of out, weight, neighbours, stride, backend) -> gradient of x
+    fastmim::NAME_weight_gradient    (gradient of out, x, weight, neighbours, stride, with_bias, backend) -> gradients
+                                     of weight and bias, in the dtype of weight; empty without bias
+
+    `gradient` is contiguous tiles [B, K, t / s, t / s, O]; x, weight, bias and neighbours are contiguous.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        define, implement = torch.library.define, torch.library.impl
+        last = "Tensor neighbours, int stride, str backend"
+        define(f"fastmim::{name}", f"(Tensor x, Tensor weight, Tensor? bias, {last}) -> Tensor")
+        define(f"fastmim::{name}_input_gradient", f"(Tensor gradient, Tensor weight, {last}) -> Tensor")
+        define(
+            f"fastmim::{name}_weight_gradient",
+            "(Tensor gradient, Tensor x, Tensor weight, Tensor neighbours, int stride, bool with_bias, str backend)"
+            " -> (Tensor, Tensor)",
+        )
+        functions: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+            name: (self.forward, self.fake_forward),
+            f"{name}_input_gradient": (self.input_gradient, self.fake_input_gradient),
+            f"{name}_weight_gradient": (self.weight_gradient, self.fake_weight_gradient),
+        }
+        for op, (function, fake) in functions.items():
+            implement(f"fastmim::{op}", ("cpu", "cuda"))(function)
+            torch.library.register_fake(f"fastmim::{op}")(fake)
+        torch.library.register_autograd(f"fastmim::{name}", self.differentiate, setup_context=self.save)
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, stride: int, backend: str
+    ) -> Tensor:
+        x, weight, out = x.contiguous(), weight.contiguous(), _output(x, weight, stride)
+        bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        getattr(compiled(), self.name)(
+            _shape(x, weight, stride),
+            neighbours.data_ptr(),
+            *_elements(x, weight),
+            x.data_ptr(),
+            weight.data_ptr(),
+            _pointer(bias),
+            out.data_ptr(),
+        )
+        return out
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor, neighbours: Tensor, stride: int, backend: str) -> Tensor:
+        gradient, weight = gradient.contiguous(), weight.contiguous()
+        x_gradient = self.fake_input_gradient(gradient, weight, neighbours, stride, backend)
+        getattr(compiled(), f"{self.name}_input_gradient")(
+            _shape(x_gradient, weight, stride),
+            neighbours.data_ptr(),
+            *_elements(gradient, weight),
+            gradient.data_ptr(),
+            weight.data_ptr(),
+            x_gradient.data_ptr(),
+        )
+        return x_gradient
+
+    def weight_gradient(
+        self,
+        gradient: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        neighbours: Tensor,
+        stride: int,
+        with_bias: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        gradient, x = gradient.contiguous(), x.contiguous()
+        weight_gradient, bias_gradient = self.fake_weight_gradient(gradient, x, weight, neighbours, stride, with_bias)
+        getattr(compiled(), f"{self.name}_weight_gradient")(
+            _shape(x, weight, stride),
+            neighbours.data_ptr(),
+            *_elements(x, weight),
+            gradient.data_ptr(),
+            x.data_ptr(),
+            weight_gradient.data_ptr(),
+            _pointer(bias_gradient) if with_bias else 0,
+        )
+        return weight_gradient, bias_gradient
+
+    @staticmethod
+    def fake_forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, stride: int, backend: str
+    ) -> Tensor:
+        return _output(x, weight, stride)
+
+    @staticmethod
+    def fake_input_gradient(gradient: Tensor, weight: Tensor, neighbours: Tensor, stride: int, backend: str) -> Tensor:
+        batch, count, side, _, out_channels = gradient.shape
+        channels = out_channels if weight.shape[1] == 1 and weight.shape[0] == out_channels else weight.shape[1]
+        return gradient.new_empty((batch, count, side * stride, side * stride, channels))
+
+    @staticmethod
+    def fake_weight_gradient(
+        gradient: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        neighbours: Tensor,
+        stride: int,
+        with_bias: bool,
+        backend: str = "",
+    ) -> tuple[Tensor, Tensor]:
+        bias = weight.new_empty((weight.shape[0] if with_bias else 0,))
+        return weight.new_empty(weight.shape), bias
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, neighbours, ctx.stride, ctx.backend = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, neighbours)
+
+    def differentiate(self, ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, neighbours = ctx.saved_tensors
+        x_gradient = weight_gradient = bias_gradient = None
+        if ctx.needs_input_grad[0]:
+            operator = getattr(torch.ops.fastmim, f"{self.name}_input_gradient")
+            x_gradient = operator(gradient, weight, neighbours, ctx.stride, ctx.backend)
+        with_bias = ctx.needs_input_grad[2]
+        if ctx.needs_input_grad[1] or with_bias:
+            operator = getattr(torch.ops.fastmim, f"{self.name}_weight_gradient")
+            weight_gradient, bias_gradient = operator(
+                gradient, x, weight, neighbours, ctx.stride, with_bias, ctx.backend
+            )
+            bias_gradient = bias_gradient.to(ctx.bias_dtype) if with_bias else None
+        return x_gradient, weight_gradient, bias_gradient, None, None, None
+
+
+_families = {name: _Family(name) for name in _backends}
 
 
 def masked_conv2d(

@@ -1,0 +1,51 @@
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace fastmim {
+
+// Depthwise convolution over tiles; t tile side of the input, s stride, k kernel side.
+struct MaskedDepthwise {
+  int64_t batch, count;    // B, K
+  int64_t side, channels;  // t, C
+  int64_t kernel, stride;  // k in 3, 5, 7; s in 1, 2
+  const int32_t* neighbours;  // [B, K, 7, 7] tile or -1
+  int element;             // enum Element of x, out, and their gradients
+  int weight_element;      // enum Element of weight, bias, and their gradients
+  const void* x;           // [B, K, t, t, C]
+  const void* weight;      // [C, k, k]
+  const void* bias;        // [C] or null
+  void* out;               // [B, K, t/s, t/s, C]; its gradient in the backward passes
+  void* x_gradient;        // [B, K, t, t, C]
+  void* weight_gradient;   // [C, k, k]
+  void* bias_gradient;     // [C] or null
+  float* packed;           // [k * k + 1, C rounded up to 16]: taps, then bias
+  float* partial;          // [depthwise_parts(p), k * k + 1, C rounded up to 16]; weight gradient only
+  float* scratch;          // [threads, depthwise_scratch(p)]
+};
+
+// Channels that one task handles: small tiles have little to do for each, so they take more at once.
+inline int64_t depthwise_chunk(const MaskedDepthwise& p) { return p.side <= 2 ? 256 : 64; }
+inline int64_t depthwise_padded(const MaskedDepthwise& p) { return (p.channels + 15) / 16 * 16; }
+// Distance between rows in scratch: an odd number of cache lines, so that the rows of a tile spread over the sets.
+inline int64_t depthwise_pitch(const MaskedDepthwise& p) { return depthwise_chunk(p) + 16; }
+// Ranges of images that the weight gradient adds up one after the other: enough tasks for many threads, but the
+// partial sums stay small. Depends on the shape alone.
+inline int64_t depthwise_parts(const MaskedDepthwise& p) {
+  const int64_t chunks = (p.channels + depthwise_chunk(p) - 1) / depthwise_chunk(p);
+  const int64_t wanted = 32 / chunks > 1 ? 32 / chunks : 1;
+  return wanted < p.batch ? wanted : p.batch;
+}
+// Floats for one thread: the images' chunks of input and output, the sums of a weight gradient.
+inline int64_t depthwise_scratch(const MaskedDepthwise& p) {
+  const int64_t rows = 2 * p.count * p.side * p.side + p.kernel * p.kernel + 1;
+  return (rows * depthwise_pitch(p) + 63) / 64 * 64;
+}
+
+}  // namespace fastmim
+
+FASTMIM_DECLARE(void masked_depthwise(const MaskedDepthwise& p))
+FASTMIM_DECLARE(void masked_depthwise_input_gradient(const MaskedDepthwise& p))
+FASTMIM_DECLARE(void masked_depthwise_weight_gradient(const MaskedDepthwise& p))
