@@ -274,6 +274,7 @@ def _work(number: int, pipe: Any, ours: list[Any], make: MakeRow, slots: _Slots)
     # Ctrl-C and SIGTERM reach the whole process group; when to stop is for the training process to say.
     for number_of_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number_of_signal, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF and the like: thousands of lines, and harmless
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)  # for sources that use it
