@@ -70,7 +70,7 @@ def run_case(case: Case, settings: Settings) -> Iterator[Row]:
     sides = [case.candidate] + ([case.baseline] if case.baseline is not None else [])
     for name in case.passes:
         calls = [_call(side, name, sets) for side in sides]
-        times = interleave(calls, clock, settings.seconds, settings.rounds)
+        times = interleave(calls, clock, settings.seconds, settings.rounds, settings.warmup)
         peaks = [
             peak_bytes(lambda call=call: call(0), settings.device) + side.resident_bytes  # type: ignore[misc]
             for call, side in zip(calls, sides, strict=True)
