@@ -9,7 +9,7 @@ def small_vit(img_size: int | tuple[int, int] = 32, patch_size: int = 8, **kwarg
 
 
 def small_resnet(**kwargs) -> Encoder:
-    return create_encoder("resnet18", **kwargs)
+    return create_encoder("resnet18", **{"layers": (1, 1, 1, 1), **kwargs})
 
 
 def small_convnext(**kwargs) -> Encoder:
