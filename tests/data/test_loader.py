@@ -87,6 +87,15 @@ def test_state_is_json_and_counts_only_what_was_given(class_folder, workers):
         assert loader.step == 4
 
 
+def test_a_folder_that_changed_since_the_run_was_saved_is_mentioned(cfg, jpeg_folder, caplog):
+    state = TrainLoader(create_source(cfg), cfg, SIZE, 10, 0).state()
+    flat = DataConfig(root=jpeg_folder, workers=0)
+    with TrainLoader(create_source(flat), flat, SIZE, 10, 0) as loader:
+        loader.load_state(state)
+        next(loader)
+    assert "has 24 images, but had 36" in caplog.text
+
+
 @pytest.mark.parametrize("world_size", [2, 5])
 def test_processes_share_the_same_global_batch(cfg, world_size):
     whole = batches(cfg, 3)
