@@ -62,6 +62,7 @@ def run_cases(
 
 def run_case(case: Case, settings: Settings) -> Iterator[Row]:
     """One row for each pass of the case."""
+    _gradients.clear()
     torch.manual_seed(0)
     sets = _input_sets(case, settings.device)
     if "step" not in case.passes:

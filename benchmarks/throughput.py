@@ -5,6 +5,7 @@ benchmarks/baselines with torch's default AdamW, looking at the loss in each ste
 """
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -125,39 +126,60 @@ def _image_size(text: str) -> tuple[int, int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
-    parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help=f"of: {', '.join(list_methods())}")
+    known = ", ".join(list_methods())
+    parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help=f"of {known}; default: all that fit")
     parser.add_argument("--model", nargs="+", default=["vit_small_patch16_224"], help="encoders, by timm's names")
-    parser.add_argument("--img_size", type=_image_size, default=(224, 224), help="224, or 224x192 (height x width)")
+    parser.add_argument("--img_size", type=_image_size, help="224 (the default), or 224x192 (height x width)")
     parser.add_argument("--batch_size", type=int, default=None, help="default: 16 on a CPU, 256 on a GPU")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="default: fp32")
     parser.add_argument("--steps", type=int, default=None, help="measured steps of each side; default: 10, on a GPU 30")
+    parser.add_argument("--quick", action="store_true", help="two images of 32 pixels, one step: does everything run?")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     add_machine_options(parser)
     return parser
 
 
-def _check_combinations(methods: Sequence[str], models: Sequence[str], img_size: tuple[int, int]) -> None:
-    """Builds every method and encoder without memory, so that a misfit is told before anything is measured."""
-    with torch.device("meta"):
-        for model in models:
-            for method in methods:
-                create_method(method, create_encoder(model, img_size=img_size), None, img_size)
+def _combinations(wanted: Sequence[str], models: Sequence[str], img_size: tuple[int, int]) -> list[tuple[str, str]]:
+    """(method, model) pairs to measure. They are built without memory first: a method that was asked for and does not
+    fit an encoder is an error before anything is measured; without names, such methods are left out.
+
+    Raises:
+        ValueError: an unknown name, or a pair asked for that does not fit.
+    """
+    pairs = []
+    for model in models:
+        for method in choose(wanted, list_methods(), "method"):
+            with torch.device("meta"):
+                encoder = create_encoder(model, img_size=img_size)
+                try:
+                    create_method(method, encoder, None, img_size)
+                except ValueError as error:
+                    if wanted:
+                        raise
+                    print(f"left out: {error}", file=sys.stderr)
+                    continue
+            pairs.append((method, model))
+    return pairs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         device = prepare_machine(options)
-        methods = choose(options.methods, list_methods(), "method")
-        _check_combinations(methods, options.model, options.img_size)
-        batch_size = options.batch_size or (256 if device.type == "cuda" else 16)
+        img_size = options.img_size or ((32, 32) if options.quick else (224, 224))
+        pairs = _combinations(options.methods, options.model, img_size)
+        batch_size = options.batch_size or (2 if options.quick else 256 if device.type == "cuda" else 16)
         if batch_size < 2:
             raise ValueError(f"--batch_size {batch_size}: at least 2 images are needed")
     except (ValueError, RuntimeError) as error:
         print(f"benchmarks.throughput: {error}", file=sys.stderr)
         return 2
-    rounds = options.steps or (30 if device.type == "cuda" else 10)
-    settings = Settings(device=device, rounds=rounds, warmup=3 if device.type == "cuda" else 1)
+    settings = Settings(
+        device=device,
+        quick=options.quick,
+        rounds=options.steps or (1 if options.quick else 30 if device.type == "cuda" else 10),
+        warmup=3 if device.type == "cuda" else 1,
+    )
     command = command_line("benchmarks.throughput", arguments)
     rows: list[Row] = []
 
@@ -167,16 +189,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_rows(rows, options.json)
 
     failures: list[str] = []
-    for model in options.model:
-        for method in methods:
-            for precision in options.precision:
-                try:
-                    case = step_case(method, model, options.img_size, batch_size, precision, device)
-                except (ValueError, RuntimeError) as error:
-                    failures.append(f"{method} {model} {precision}: {error}")
-                    continue
-                failures += run_cases([case], settings, keep)[1]
-                del case  # both models, before the next two are built
+    for (method, model), precision in itertools.product(pairs, options.precision):
+        try:
+            case = step_case(method, model, img_size, batch_size, precision, device)
+        except (ValueError, RuntimeError) as error:
+            failures.append(f"{method} {model} {precision}: {error}")
+            continue
+        failures += run_cases([case], settings, keep)[1]
+        del case  # both models, before the next two are built
     show(rows)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
