@@ -24,6 +24,7 @@ _OURS = (
     "metrics.jsonl",
     "exit.json",
     "nonfinite.json",
+    "evaluation.json",
     "tensorboard",
     "checkpoints",
     "pictures",
