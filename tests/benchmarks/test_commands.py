@@ -90,3 +90,17 @@ def test_markdown_says_what_measured_it(tmp_path, capsys):
     assert out.count("| random_mask |") == 1
     assert "Measured on a CPU, torch 2.13.0." in out
     assert table.main([str(tmp_path / "missing.json")]) == 2
+
+
+def test_a_table_is_put_into_a_page_again_and_again(tmp_path, capsys):
+    rows, page = tmp_path / "rows.json", tmp_path / "README.md"
+    rows.write_text(json.dumps([ROW]))
+    page.write_text("above\n<!-- begin cpu -->\nold\n<!-- end cpu -->\nbelow\n")
+    for _ in range(2):
+        assert table.main([str(rows), "--into", str(page), "--mark", "cpu"]) == 0
+    lines = page.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("above", "below")
+    assert "old" not in lines
+    assert sum("random_mask" in line for line in lines) == 1
+    assert table.main([str(rows), "--into", str(page), "--mark", "gpu"]) == 2
+    assert "<!-- begin gpu -->" in capsys.readouterr().err
