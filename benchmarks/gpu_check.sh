@@ -52,7 +52,7 @@ record() {
     fi
     last=$(grep -v '^[[:space:]]*$' "$output" | tail -n 1 | tr '\t' ' ' | cut -c 1-200)
     printf '%s\t%s\t%s\t%s\n' "$name" "$status" "$seconds" "$last" >>"$scratch/stages.tsv"
-    printf '%-20s %-12s %4s s  %s\n' "$name" "$status" "$seconds" "$last"
+    printf '%-12s %-12s %4s s  %s\n' "$name" "$status" "$seconds" "$last"
     { printf '\n===== %s: %s\n' "$name" "$status" && cat "$output"; } >>"$log"
     if [[ $status != passed ]]; then
         failed=1
@@ -69,28 +69,35 @@ stage() {
     record "$name" "$code" "$((SECONDS - begin))" "$scratch/$name.txt"
 }
 
-# suite MOST: one process for each folder of tests, all at once, since most tests use one core
+# suite MOST: one process for each file of tests, as many at a time as there are cores, since most tests use one core
 suite() {
-    local begin=$SECONDS most folder name code threads i
-    local -a names=() pids=() files
-    most=$(seconds_for "$1")
-    threads=$(($(nproc) / 8 + 1))
-    for folder in tests tests/*; do
-        if ! compgen -G "$folder/test_*.py" >/dev/null; then continue; fi
-        name=$(basename "$folder")
-        files=("$folder")
-        if [[ $folder == tests ]]; then files=(tests/test_*.py); fi
-        OMP_NUM_THREADS=$threads timeout --kill-after=5 "$most" \
-            "$PYTHON" -m pytest -q -m "not gpu" -p no:cacheprovider "${files[@]}" >"$scratch/suite_$name.txt" 2>&1 &
-        names+=("$name")
-        pids+=("$!")
-    done
-    for i in "${!pids[@]}"; do
-        wait "${pids[$i]}"
-        code=$?
+    local begin=$SECONDS deadline file name code output worst=0 workers
+    deadline=$((SECONDS + $(seconds_for "$1")))
+    workers=$(nproc)
+    while IFS= read -r file; do
+        while (($(jobs -rp | wc -l) >= workers)); do wait -n; done
+        name=${file//\//.}
+        (
+            left=$((deadline - SECONDS))
+            OMP_NUM_THREADS=2 timeout --kill-after=5 "$((left > 1 ? left : 1))" \
+                "$PYTHON" -m pytest -q -m "not gpu" -p no:cacheprovider "$file" >"$scratch/suite_$name.txt" 2>&1
+            echo "$?" >"$scratch/suite_$name.code"
+        ) &
+    done < <(find tests -name 'test_*.py' | sort)
+    wait
+    for output in "$scratch"/suite_*.txt; do
+        code=$(cat "${output%.txt}.code" 2>/dev/null || echo 137)
         if ((code == 5)); then code=0; fi # pytest: nothing to run, all of them need the GPU
-        record "suite: ${names[$i]}" "$code" "$((SECONDS - begin))" "$scratch/suite_${names[$i]}.txt"
+        if ((code != 0)); then
+            worst=1
+            name=$(basename "$output" .txt)
+            record "${name#suite_}" "$code" "$((SECONDS - begin))" "$output"
+        fi
+        tail -n 1 "$output" >>"$scratch/totals.txt"
     done
+    grep -oE '[0-9]+ (passed|failed|skipped|deselected|errors?)' "$scratch/totals.txt" |
+        awk '{ n[$2] += $1 } END { for (k in n) printf "%d %s  ", n[k], k; print "" }' >"$scratch/suite.txt"
+    record suite "$worst" "$((SECONDS - begin))" "$scratch/suite.txt"
 }
 
 echo "gpu_check: $gpu, $(nproc) cores, torch $torch_version; results in $results"

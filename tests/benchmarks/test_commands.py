@@ -3,15 +3,20 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import ops, table, throughput
 from benchmarks.runner import KEYS, read_rows
 
+_needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no usable GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _needs_gpu])]
 
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ops.list_ops())
-def test_every_operation_runs_quickly(name, tmp_path, capsys):
+def test_every_operation_runs_quickly(name, device, tmp_path, capsys):
     path = tmp_path / "ops.json"
-    assert ops.main([name, "--quick", "--device", "cpu", "--json", str(path)]) == 0, capsys.readouterr().err
+    assert ops.main([name, "--quick", "--device", device, "--json", str(path)]) == 0, capsys.readouterr().err
     rows = json.loads(path.read_text())
     assert {row["op"] for row in rows} == {name}
     assert all(set(KEYS) <= set(row) for row in rows)
@@ -34,12 +39,11 @@ def test_impossible_machine_options_are_answered(capsys):
 TINY = ["--quick", "--device", "cpu"]
 
 
-def test_throughput_of_all_methods_on_a_small_image(tmp_path, capsys):
+@pytest.mark.parametrize("device", DEVICES)
+def test_throughput_of_all_methods_on_a_small_image(device, tmp_path, capsys):
     path = tmp_path / "throughput.json"
-    model = ["--model", "vit_tiny_patch16_224"]
-    assert throughput.main([*model, *TINY, "--methods", "mae", "simmim", "a2mim", "--json", str(path)]) == 0, (
-        capsys.readouterr().err
-    )
+    arguments = ["--quick", "--device", device, "--model", "vit_tiny_patch16_224", "--json", str(path)]
+    assert throughput.main([*arguments, "--methods", "mae", "simmim", "a2mim"]) == 0, capsys.readouterr().err
     rows = read_rows(path)
     assert [row["op"] for row in rows] == ["mae", "simmim", "a2mim"]
     for row in rows:
