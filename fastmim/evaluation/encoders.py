@@ -39,7 +39,12 @@ class RunMeta:
 
 
 def load_encoder(
-    spec: str | Path, *, seed: int = 0, img_size: tuple[int, int] | None = None, in_chans: int | None = None
+    spec: str | Path,
+    *,
+    seed: int = 0,
+    img_size: tuple[int, int] | None = None,
+    default_img_size: tuple[int, int] | None = None,
+    in_chans: int = 3,
 ) -> tuple[Encoder, RunMeta]:
     """Build the encoder that `spec` names, on the CPU.
 
@@ -48,9 +53,10 @@ def load_encoder(
             config.json beside it, or `random:` followed by one of these or by an encoder's name: the same encoder with
             new weights. Where a run kept a moving average of its weights, that is what is loaded.
         seed: of random weights.
-        img_size: (height, width) for `random:NAME`; elsewhere the size is known and may only be confirmed, save for
-            convolutional encoders, which take any.
-        in_chans: likewise the channels of `random:NAME`, 3 when None.
+        img_size: (height, width) that the encoder must take. What was trained has a size of its own, which transformers
+            cannot leave; convolutional encoders take any.
+        default_img_size: for `random:NAME` when `img_size` is None; without either, the size of that name.
+        in_chans: for `random:NAME`; what was trained has channels of its own.
 
     Raises:
         ValueError: nothing usable there, or weights that do not fit the encoder described; the message says which.
@@ -60,20 +66,19 @@ def load_encoder(
     place = Path(text.removeprefix(RANDOM)).expanduser()
     weights: Mapping[str, Tensor] | None = None
     if fresh and not place.exists():
-        meta = RunMeta(str(place), {}, img_size, in_chans or 3)
-        meta.kwargs = {"in_chans": meta.in_chans} if meta.in_chans != 3 else {}
+        meta = RunMeta(text.removeprefix(RANDOM), {"in_chans": in_chans}, img_size or default_img_size, in_chans)
     else:
         meta, weights = _read(place)
         if fresh:
             meta.step, meta.path, meta.averaged, weights = None, None, False, None
-    size = img_size or meta.img_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = create_encoder(meta.name, **{"img_size": size, **meta.kwargs})
-    own_size = getattr(encoder, "img_size", None)
-    if img_size is not None and own_size not in (None, img_size):
-        raise ValueError(f"img_size: the encoder in {place} is for images of {own_size}, but {img_size} was asked for")
-    meta.img_size, meta.in_chans = own_size or size, encoder.in_chans
+        encoder = create_encoder(meta.name, **{"img_size": img_size or meta.img_size, **meta.kwargs})
+    own_size = getattr(encoder, "img_size", None) or meta.img_size  # convolutional encoders only record it
+    if img_size is not None and own_size is not None and own_size != img_size:
+        own, asked = (f"{height}x{width}" for height, width in (own_size, img_size))
+        raise ValueError(f"img_size: the encoder in {place} takes images of {own}, but {asked} was asked for")
+    meta.img_size, meta.in_chans = own_size, encoder.in_chans
     if weights is not None:
         load_weights(encoder, weights, f"{meta.path}")
     return encoder, meta

@@ -54,7 +54,7 @@ def fit_linear(
 
 @contextmanager
 def _one_thread(wanted: bool) -> Iterator[None]:
-    """Hundreds of products of a few microseconds: more threads only wait for each other, badly where cores are shared."""
+    """Hundreds of products of a few microseconds: more threads would only wait for each other."""
     before = torch.get_num_threads()
     if wanted:
         torch.set_num_threads(1)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fastmim.data import DataConfig, Source, create_source, eval_batches, held_out_source, split
+from fastmim.engine.precision import choose_precision
 from fastmim.evaluation.features import Pool, extract_features
 from fastmim.evaluation.knn import knn_accuracy
 from fastmim.evaluation.linear import linear_accuracy
 from fastmim.models import Encoder
 
-Kind = Literal["knn", "linear"]
 HELD_OUT_SHARE = 0.2
 _MEASURES: dict[str, Callable[..., float]] = {"knn": knn_accuracy, "linear": linear_accuracy}
 
@@ -65,12 +65,12 @@ def probe(
     encoder: Encoder,
     data: DataConfig,
     img_size: tuple[int, int],
-    kinds: Sequence[Kind] = ("knn", "linear"),
+    kinds: Sequence[str] = ("knn", "linear"),
     *,
     seeds: Sequence[int] = (0, 1, 2),
     device: torch.device | str | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
-    batch_size: int = 256,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    batch_size: int = 128,
     pool: Pool = "avg",
     options: dict[str, Any] | None = None,
 ) -> dict[str, Score]:
@@ -84,12 +84,15 @@ def probe(
         data: which images; what concerns random crops is ignored.
         img_size: (height, width) given to the encoder.
         kinds: "knn", "linear" or both.
-        device, precision, pool: see `extract_features`.
+        device, pool: see `extract_features`.
+        precision: of the encoder; "auto" takes bf16 where the device is fast at it.
         options: further arguments of `knn_accuracy` (k, temperature) or `linear_accuracy` (l2), when `kinds` is one.
 
     Raises:
         ValueError: images without labels, in fewer than two classes, or none left to test.
     """
+    device = torch.device(device) if device is not None else next(encoder.parameters()).device
+    precision = "bf16" if choose_precision(precision, device)[0] == "bf16" else "fp32"
     data = replace(data, output="float32")
     source, held_out = create_source(data), held_out_source(data)
     for part in (source, held_out):
