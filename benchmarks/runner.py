@@ -4,6 +4,7 @@ A benchmark file imports from here: `from benchmarks.runner import Case, Setting
 `cases(settings: Settings) -> Iterable[Case]`. Everything else is done for it.
 """
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -64,6 +65,7 @@ def run_cases(
 def run_case(case: Case, settings: Settings) -> Iterator[Row]:
     """One row for each pass of the case."""
     _gradients.clear()
+    gc.collect()  # what the case before left behind
     torch.manual_seed(0)
     sets = _input_sets(case, settings.device)
     if "step" not in case.passes:

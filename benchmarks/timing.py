@@ -83,7 +83,6 @@ def order(round_index: int, sides: int) -> list[int]:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
     try:
