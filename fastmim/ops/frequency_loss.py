@@ -3,93 +3,29 @@
 Legend: B batch, C channels, H W image, R = W//2 + 1 columns of a half spectrum, (p, q) cell of the mask,
 N = (H/p) * (W/q) cells, row-major; w_f the weight of visible pixels.
 
-A removed pixel shows the prediction, a visible one w_f * prediction + (1 - w_f) * replacement. By linearity the
-difference of spectra is the spectrum of the difference of images, and that is the error e = prediction - image times a
-constant on visible pixels:
-
-    replacement   constant           also added
-    target        w_f
-    prediction    1
-    mixed         (1 + w_f) / 2
-    mean          w_f                (1 - w_f) * (mean of the image - image)
-
-Gradient reaches a visible pixel with weight w_f in every case. Spectra of real images are symmetric, so half of the
+`fastmim.ops.frequency_plan` says why one transform is enough. Spectra of real images are symmetric, so half of the
 columns are transformed, and all but the first (and W/2, where W is even) count twice.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmim.ops.backends import Backends, check_divisible, check_mask
+from fastmim.ops.backends import Backends, check_divisible, check_mask, compiled
+from fastmim.ops.frequency_plan import CHOICES, KINDS, Plan, plan
 from fastmim.ops.masked_patch_loss import ELEMENTS, pixel_loss
 from fastmim.ops.masks import PatchSize, patch_pair, upsample_mask
 
 __all__ = ["frequency_loss", "frequency_loss_ref"]
 
-CHOICES = {
-    "form": ("paper", "code"),
-    "distance": ("squared", "modulus"),
-    "normalise": ("image_max", "none"),
-    "reduce": ("mean", "sum"),
-    "replacement": ("target", "prediction", "mixed", "mean"),
-    "spatial": ("l1", "focal_l1"),
-}
-KINDS = ("squared", "modulus", "log", "l1", "focal_l1")
 _backends = Backends(
     "frequency_loss",
     cpu="frequency_error",
     triton="fastmim.kernels.frequency_loss",
     dtypes={"cpu": ELEMENTS, "triton": ELEMENTS},
 )
-
-
-class Plan(NamedTuple):
-    """What the options come to."""
-
-    kind: str
-    """One of KINDS: |D|^exponent * |D|^2, |D|^exponent * |D|, log(1 + |D|^exponent) * |D|^2, or a loss of |D|."""
-    exponent: float
-    normalise: bool
-    """Divide the weights by their maximum, in each transformed image."""
-    average: bool
-    """Transform the mean over the batch, one image for all."""
-    factor: float
-    """The constant of the table above."""
-    mean_weight: float
-    """What the mean image is added with."""
-    visible_weight: float
-    mean: bool
-    """Mean over channels and frequencies, else their sum."""
-
-
-def plan(
-    form: str = "paper",
-    focal: bool = True,
-    alpha: float = 1.0,
-    distance: str = "squared",
-    normalise: str = "image_max",
-    reduce: str = "mean",
-    visible_weight: float = 0.0,
-    replacement: str = "target",
-    spatial: str = "l1",
-) -> Plan:
-    """Reads the options of `frequency_loss`, which documents them."""
-    if form == "paper":
-        kind = distance
-    else:
-        kind = "log" if focal else spatial
-    return Plan(
-        kind,
-        alpha if focal else 0.0,
-        kind == "log" or (form == "paper" and normalise == "image_max"),
-        kind == "log",
-        {"prediction": 1.0, "mixed": 0.5 * (1 + visible_weight)}.get(replacement, visible_weight),
-        1 - visible_weight if replacement == "mean" else 0.0,
-        visible_weight,
-        reduce == "mean",
-    )
 
 
 def frequency_loss_ref(
@@ -133,6 +69,205 @@ def column_counts(width: int, like: Tensor) -> Tensor:
     """[R]: how often a column of the half spectrum stands in the whole one."""
     column = torch.arange(width // 2 + 1, device=like.device)
     return torch.where((column == 0) | (2 * column == width), 1, 2).to(like.dtype)
+
+
+_OPTIONS = (
+    "str form, bool focal, float alpha, str distance, str normalise, str reduce, float visible_weight,"
+    " str replacement, str spatial, str backend"
+)
+torch.library.define(
+    "fastmim::frequency_loss",
+    f"(Tensor prediction, Tensor image, Tensor mask, int p, int q, {_OPTIONS})"
+    " -> (Tensor loss, Tensor gradient_spectrum, Tensor factor)",
+)
+torch.library.define(
+    "fastmim::frequency_loss_backward",
+    "(Tensor grad_loss, Tensor mask, Tensor gradient_spectrum, Tensor factor, int p, int q, int width,"
+    " float visible_weight, ScalarType dtype, str backend) -> Tensor",
+)
+
+
+def _outputs(image: Tensor, average: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Not yet written: the loss, its gradient by the spectrum of each transformed image [B or 1, C, H, R, 2], and what
+    that is still to be multiplied with [B or 1]."""
+    batch, channels, height, width = image.shape
+    images = min(batch, 1) if average else batch
+    loss = torch.empty((), dtype=torch.float32, device=image.device)
+    return loss, loss.new_empty((images, channels, height, width // 2 + 1, 2)), loss.new_empty((images,))
+
+
+def _groups(images: int, like: Tensor) -> Iterator[slice]:
+    """Images to transform together. On a CPU few enough for the caches, and small enough that the memory allocator
+    keeps the temporaries instead of asking the system for zeroed pages each time, which costs more than the FFT."""
+    step = max(images, 1)
+    if like.device.type == "cpu":
+        step = max(1, torch.get_num_threads() * 5 * 2**17 // max(1, 4 * like[0].numel()))
+    for start in range(0, images, step):
+        yield slice(start, min(start + step, images))
+
+
+@torch.library.impl("fastmim::frequency_loss", ("cpu", "cuda"))
+def _forward(
+    prediction: Tensor, image: Tensor, mask: Tensor, p: int, q: int, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *chosen, backend = options
+    how = plan(*chosen)
+    loss, spectrum, factor = outputs = _outputs(image, how.average)
+    if image.numel() == 0:
+        return loss.zero_(), spectrum, factor
+    station = _backends.triton() if backend == "triton" else _Cpu
+    mask, images = mask.contiguous(), factor.shape[0]
+    scale = 1 / (images * (image[0].numel() if how.mean else 1))
+    value = factor.new_empty((images,), dtype=torch.float64)
+    for part in _groups(images, image):
+        members = slice(None) if how.average else part
+        error = spectrum.new_empty((part.stop - part.start, *image.shape[1:]))
+        means = image[members].mean(dim=(2, 3), dtype=torch.float32) if how.mean_weight else None
+        station.error(prediction[members], image[members], mask[members], (p, q), means, how, error)
+        transformed = torch.view_as_real(torch.fft.rfft2(error, norm="ortho")).contiguous()
+        station.spectrum(transformed, image.shape[3], how, scale, spectrum[part], factor[part], value[part])
+    loss.copy_(value.sum())
+    return outputs
+
+
+@torch.library.impl("fastmim::frequency_loss_backward", ("cpu", "cuda"))
+def _backward(
+    grad_loss: Tensor,
+    mask: Tensor,
+    spectrum: Tensor,
+    factor: Tensor,
+    p: int,
+    q: int,
+    width: int,
+    visible_weight: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    gradient = _gradient(mask, spectrum, width, dtype)
+    if gradient.numel() == 0:
+        return gradient
+    station = _backends.triton() if backend == "triton" else _Cpu
+    mask, grad_loss, images = mask.contiguous(), grad_loss.to(torch.float32), spectrum.shape[0]
+    large = gradient.numel() * gradient.element_size() >= 8 * 2**20
+    for part in _groups(images, gradient):
+        members = slice(None) if images == 1 else part
+        picture = torch.fft.irfft2(torch.view_as_complex(spectrum[part]), s=gradient.shape[2:], norm="ortho")
+        station.gradient(
+            grad_loss,
+            picture.contiguous(),
+            mask[members],
+            (p, q),
+            factor[part],
+            visible_weight,
+            large,
+            gradient[members],
+        )
+    return gradient
+
+
+def _gradient(mask: Tensor, spectrum: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """[B, C, H, W], not yet written."""
+    return spectrum.new_empty((mask.shape[0], *spectrum.shape[1:3], width), dtype=dtype)
+
+
+class _Cpu:
+    """csrc/cpu/frequency_loss.cpp, called as fastmim.kernels.frequency_loss is."""
+
+    @staticmethod
+    def error(
+        prediction: Tensor,
+        image: Tensor,
+        mask: Tensor,
+        cell: tuple[int, int],
+        means: Tensor | None,
+        how: Plan,
+        out: Tensor,
+    ) -> None:
+        compiled().frequency_error(
+            (*image.shape, *cell),
+            (prediction.data_ptr(), ELEMENTS[prediction.dtype], prediction.stride()),
+            (image.data_ptr(), ELEMENTS[image.dtype], image.stride()),
+            mask.data_ptr(),
+            0 if means is None else means.data_ptr(),
+            how.factor,
+            how.mean_weight,
+            how.average,
+            out.data_ptr(),
+        )
+
+    @staticmethod
+    def spectrum(
+        spectrum: Tensor, width: int, how: Plan, scale: float, gradient: Tensor, factor: Tensor, value: Tensor
+    ) -> None:
+        images, channels, height = spectrum.shape[:3]
+        compiled().frequency_spectrum(
+            images,
+            channels * height,
+            width,
+            KINDS.index(how.kind),
+            how.exponent,
+            how.normalise,
+            scale,
+            spectrum.data_ptr(),
+            gradient.data_ptr(),
+            factor.data_ptr(),
+            value.data_ptr(),
+        )
+
+    @staticmethod
+    def gradient(
+        grad_loss: Tensor,
+        picture: Tensor,
+        mask: Tensor,
+        cell: tuple[int, int],
+        factor: Tensor,
+        visible_weight: float,
+        large: bool,
+        out: Tensor,
+    ) -> None:
+        one_for_all = picture.shape[0] != out.shape[0]
+        compiled().frequency_gradient(
+            (*out.shape, *cell),
+            mask.data_ptr(),
+            picture.data_ptr(),
+            one_for_all,
+            factor.data_ptr(),
+            grad_loss.data_ptr(),
+            1 / out.shape[0] if one_for_all else 1.0,
+            visible_weight,
+            large,
+            out.data_ptr(),
+            ELEMENTS[out.dtype],
+        )
+
+
+@torch.library.register_fake("fastmim::frequency_loss")
+def _fake(prediction: Tensor, image: Tensor, mask: Tensor, p: int, q: int, *options: Any) -> tuple[Tensor, ...]:
+    return _outputs(image, plan(*options[:-1]).average)
+
+
+@torch.library.register_fake("fastmim::frequency_loss_backward")
+def _fake_backward(
+    grad_loss: Tensor, mask: Tensor, spectrum: Tensor, factor: Tensor, p: int, q: int, width: int,
+    visible_weight: float, dtype: torch.dtype, backend: str,
+) -> Tensor:  # fmt: skip
+    return _gradient(mask, spectrum, width, dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    prediction, _, mask, p, q, *options = inputs
+    _, spectrum, factor = output
+    ctx.mark_non_differentiable(spectrum, factor)
+    ctx.save_for_backward(mask, spectrum, factor)
+    ctx.rest = p, q, prediction.shape[3], plan(*options[:-1]).visible_weight, prediction.dtype, options[-1]
+
+
+def _differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    gradient = torch.ops.fastmim.frequency_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.rest)
+    return gradient, *[None] * 14
+
+
+torch.library.register_autograd("fastmim::frequency_loss", _differentiate, setup_context=_save)
 
 
 def frequency_loss(
@@ -197,7 +332,10 @@ def frequency_loss(
     }
     p, q = patch_pair(patch_size)
     _check(prediction, image, mask, p, q, options)
-    return frequency_loss_ref(prediction, image, mask, (p, q), **options)
+    chosen = _backends.choose(prediction.device, torch.promote_types(prediction.dtype, image.dtype), backend)
+    if chosen == "reference":
+        return frequency_loss_ref(prediction, image, mask, (p, q), **options)
+    return torch.ops.fastmim.frequency_loss(prediction, image, mask, p, q, *options.values(), chosen)[0]
 
 
 def _check(prediction: Tensor, image: Tensor, mask: Tensor, p: int, q: int, options: dict[str, Any]) -> None:
