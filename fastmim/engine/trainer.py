@@ -85,6 +85,7 @@ class Trainer:
         torch.backends.cudnn.benchmark = not engine.deterministic  # shapes never change
         if engine.deterministic:
             make_deterministic()
+        self._mean_std = [torch.tensor(values, dtype=torch.float32, device=self.device) for values in (mean, std)]
         self.method = method.to(self.device).train()
         self.optimizer = create_optimizer(self.method, optim)
         peak = optim.peak_lr(batch_size)
@@ -199,7 +200,7 @@ class Trainer:
 
     def _normalised(self, images: Tensor) -> Tensor:
         images = images.to(self.device, non_blocking=True)
-        return normalise(images, self.mean, self.std) if images.dtype == torch.uint8 else images
+        return normalise(images, *self._mean_std) if images.dtype == torch.uint8 else images
 
     def _read(self, output: StepOutput, interval: Interval) -> dict[str, float | int | None]:
         """The line of a logged step: the one place where the host waits for the device."""

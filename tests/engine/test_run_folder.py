@@ -1,5 +1,7 @@
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 
@@ -102,6 +104,13 @@ def test_fresh_moves_an_earlier_run_aside_and_nothing_else(tmp_path):
     assert (tmp_path / "previous-1" / "checkpoints" / "step-00000001").is_dir()
     assert (tmp_path / "holiday.jpg").read_text() == "mine"
     assert not (tmp_path / "previous-2").exists()
+
+
+def test_sigterm_outside_of_training_ends_with_75(tmp_path):
+    with pytest.raises(Interrupted), RunFolder(tmp_path):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ending(tmp_path)["code"] == 75
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys):

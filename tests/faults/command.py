@@ -42,6 +42,7 @@ def start(out: Path, *, inject: str = "", **settings: Any) -> "subprocess.Popen[
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # the optimiser would import it in every child, for seconds
 
 from fastmim.engine.checkpoint import CheckpointStore, read_checkpoint
 from tests.engine.tiny_run import read_metrics, tiny_run

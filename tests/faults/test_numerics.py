@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.faults.command import checkpoints, ending, metrics, train
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_nan_loss_ends_with_4_names_the_images_and_a_repeat_goes_on(tmp_path, unbroken):

@@ -1,15 +1,20 @@
 """Kills and signals: rows 1, 2, 3, 6, 7, 9 and 11 of the fault table, on the real command."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from fastmim.engine import RunFolder
 from tests.faults.command import TOTAL, checkpoints, ending, metrics, start, train
+
+pytestmark = pytest.mark.slow
 
 
 def assert_same_weights(one: Path, two: Path) -> None:
@@ -52,14 +57,22 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, unbroken):
     assert_same_weights(out, unbroken)
 
 
-def test_ctrl_c_saves_and_ends_without_a_traceback(tmp_path):
+def test_ctrl_c_on_a_terminal_saves_and_ends_without_a_traceback(tmp_path, jpeg_folder):
+    """A terminal sends it to the whole process group: the loader's workers too."""
     out = tmp_path / "run"
-    stopped = train(out, inject="sigint@step=3")
-    assert stopped.returncode == 130, stopped.stderr
-    assert checkpoints(out) == ["step-00000002"]
+    process = start(
+        out, data__root=jpeg_folder, data__workers=2, img_size=32, max_steps=100_000, engine__checkpoint_every=0
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (out.is_dir() and any(out.glob("metrics.jsonl")) and metrics(out)):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert len(checkpoints(out)) == 1
     assert ending(out)["code"] == 130
-    assert "Traceback" not in stopped.stdout + stopped.stderr
-    assert "--resume auto" in stopped.stdout + stopped.stderr
+    assert "Traceback" not in output + errors
+    assert "--resume auto" in output + errors
 
 
 def test_a_second_run_on_the_folder_exits_2(tmp_path):

@@ -7,6 +7,8 @@ import pytest
 
 from tests.faults.command import checkpoints, ending, metrics, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def finished(tmp_path, unbroken):
