@@ -8,7 +8,7 @@ from typing import Any, Literal
 from fastmim.command_line import command
 from fastmim.config import ConfigError, uses_digits
 from fastmim.data import DataConfig
-from fastmim.options import parse_options
+from fastmim.options import parse_options, writing
 
 USAGE = "python -m fastmim.evaluate knn|linear --checkpoint RUN [--data.root DIR] [--key value ...]"
 DESCRIPTION = (
@@ -61,8 +61,9 @@ def main(argv: list[str]) -> None:
     except ValueError as error:  # what cannot be evaluated says so in a sentence
         raise ConfigError(str(error)) from None
     if cfg.json is not None:
-        cfg.json.parent.mkdir(parents=True, exist_ok=True)
-        cfg.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        with writing("json", cfg.json):
+            cfg.json.parent.mkdir(parents=True, exist_ok=True)
+            cfg.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def check(cfg: EvaluateConfig) -> None:

@@ -1,7 +1,11 @@
-"""The words of the smaller commands (evaluate, export): one positional word, then --key value, into a dataclass."""
+"""What the smaller commands (evaluate, export) share: one positional word, then --key value, into a dataclass."""
 
-from collections.abc import Sequence
+import errno
+from argparse import SUPPRESS
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser
@@ -9,7 +13,7 @@ from jsonargparse import ArgumentParser
 from fastmim.command_line import _typed, _unknown, _words
 from fastmim.config import ConfigError, build
 
-__all__ = ["parse_options"]
+__all__ = ["parse_options", "writing"]
 
 Options = TypeVar("Options")
 
@@ -30,6 +34,9 @@ def parse_options(
     """
     parser = ArgumentParser(prog=usage.partition(" [")[0], usage=usage, description=description, exit_on_error=False)
     parser.add_class_arguments(cls)
+    for action in parser._actions:  # of a group jsonargparse would also read a file; no word of ours does
+        if action.help == "Path to a configuration file.":
+            action.help = SUPPRESS
     rest = list(argv)
     first = rest.pop(0) if rest and not rest[0].startswith("-") else None
     words = _words(rest)
@@ -45,6 +52,17 @@ def parse_options(
             raise ConfigError(_unknown(key, "", types))
         values[key] = _typed(parser, "", key, text, types)
     return first, build(cls, values.as_dict())
+
+
+@contextmanager
+def writing(key: str, path: Path) -> Iterator[None]:
+    """A path that cannot be written is the user's mistake; a full disk is not, and passes through."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(f"{key}: {path} cannot be written ({error.strerror})") from None
 
 
 def _types(cls: Any, prefix: str = "") -> dict[str, Any]:
