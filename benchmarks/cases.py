@@ -27,6 +27,8 @@ class Settings:
     """Time to spend on each case and pass, warm-up excluded."""
     rounds: int | None = None
     """Fixed number of interleaved rounds, instead of `seconds`."""
+    warmup: int = 3
+    """Calls of each side before anything counts."""
 
 
 def backends_here(op: str, settings: Settings, dtype: torch.dtype) -> list[str]:

@@ -1,7 +1,6 @@
 """Peak memory of one call, above what was resident before it: measured, in a call that is not timed."""
 
 import ctypes
-import gc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,6 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     On CUDA: torch's allocator. On a CPU: the kernel's high-water mark of resident memory (Linux), which sees every
     allocation, also those of compiled kernels; elsewhere: torch's own allocations.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -4,6 +4,8 @@ A benchmark file imports from here: `from benchmarks.runner import Case, Setting
 `cases(settings: Settings) -> Iterable[Case]`. Everything else is done for it.
 """
 
+import gc
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -62,6 +64,8 @@ def run_cases(
 
 def run_case(case: Case, settings: Settings) -> Iterator[Row]:
     """One row for each pass of the case."""
+    _gradients.clear()
+    gc.collect()  # what the case before left behind
     torch.manual_seed(0)
     sets = _input_sets(case, settings.device)
     if "step" not in case.passes:
@@ -70,7 +74,7 @@ def run_case(case: Case, settings: Settings) -> Iterator[Row]:
     sides = [case.candidate] + ([case.baseline] if case.baseline is not None else [])
     for name in case.passes:
         calls = [_call(side, name, sets) for side in sides]
-        times = interleave(calls, clock, settings.seconds, settings.rounds)
+        times = interleave(calls, clock, settings.seconds, settings.rounds, settings.warmup)
         peaks = [
             peak_bytes(lambda call=call: call(0), settings.device) + side.resident_bytes  # type: ignore[misc]
             for call, side in zip(calls, sides, strict=True)
@@ -223,12 +227,14 @@ def _row(case: Case, pass_name: str, times: list[list[float]], peaks: list[int],
         if case.baseline is not None:
             row["baseline_images_per_second"] = case.images / row["baseline_ms"] * 1e3
     row |= _roofline(case, pass_name, ms, settings)
-    return row | {"hardware": hardware(settings.device), "torch": torch.__version__}
+    row |= {"hardware": hardware(settings.device), "torch": torch.__version__}
+    return row | {"load_average": os.getloadavg()[0]} if hasattr(os, "getloadavg") else row
 
 
 def _roofline(case: Case, pass_name: str, ms: float, settings: Settings) -> Row:
     """GB/s and GFLOP/s of what must be moved and computed, and how close the larger of the two comes to its ceiling."""
-    seconds, found, floors = ms / 1e3, {}, []
+    seconds, floors = ms / 1e3, []
+    found: Row = {}
     if pass_name in case.moved:
         ceiling = copy_bytes_per_second(settings.device, settings.quick)
         found |= {"gb_per_s": case.moved[pass_name] / seconds / 1e9, "ceiling_gb_per_s": ceiling / 1e9}

@@ -1,8 +1,9 @@
-"""Results as a table, so that figures are never typed by hand: `python -m benchmarks.table results/*/ops.json`."""
+"""Results as a table, so that figures are never typed by hand: `python -m benchmarks.table FILE ... [--into PAGE]`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.rows import Row, read_rows
 
@@ -89,21 +90,41 @@ def show(rows: Sequence[Row]) -> None:
     print(plain(rows))
 
 
+def put_into(page: Path, mark: str, text: str) -> None:
+    """Replaces what lies between the lines `<!-- begin MARK -->` and `<!-- end MARK -->` of a Markdown page.
+
+    Raises:
+        ValueError: a page without such lines.
+    """
+    begin, end = f"<!-- begin {mark} -->\n", f"<!-- end {mark} -->"
+    before, found, rest = page.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{page}: has no lines {begin.strip()} and {end}")
+    page.write_text(f"{before}{begin}{text}\n{end}{after}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSON written with --json by a benchmark")
     parser.add_argument("--format", choices=("markdown", "plain"), default="markdown")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="put the table into a Markdown page, see --mark")
+    parser.add_argument("--mark", default="results", help="between <!-- begin MARK --> and <!-- end MARK -->")
     parser.add_argument("--pass", dest="passes", nargs="+", help="only these passes")
     parser.add_argument("--op", dest="ops", nargs="+", help="only these operations or methods")
     options = parser.parse_args(arguments)
     try:
         rows = [row for file in options.files for row in read_rows(file)]
-    except ValueError as error:
+        rows = [r for r in rows if not options.passes or r["pass"] in options.passes]
+        rows = [r for r in rows if not options.ops or r["op"] in options.ops]
+        text = markdown(rows) if options.format == "markdown" else plain(rows)
+        if options.into:
+            put_into(options.into, options.mark, text)
+        else:
+            print(text)
+    except (ValueError, OSError) as error:
         print(f"benchmarks.table: {error}", file=sys.stderr)
         return 2
-    rows = [r for r in rows if (not options.passes or r["pass"] in options.passes)]
-    rows = [r for r in rows if (not options.ops or r["op"] in options.ops)]
-    print(markdown(rows) if options.format == "markdown" else plain(rows))
     return 0
 
 

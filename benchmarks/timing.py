@@ -83,7 +83,6 @@ def order(round_index: int, sides: int) -> list[int]:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -93,7 +92,9 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def interleave(calls: Sequence[Call], clock: Clock, seconds: float, rounds: int | None = None) -> list[list[float]]:
+def interleave(
+    calls: Sequence[Call], clock: Clock, seconds: float, rounds: int | None = None, warmup: int = 3
+) -> list[list[float]]:
     """Milliseconds of every sample of every call, taken in alternating order.
 
     Args:
@@ -101,13 +102,13 @@ def interleave(calls: Sequence[Call], clock: Clock, seconds: float, rounds: int 
         clock: CpuClock, CudaClock, or a test's own.
         seconds: about how long all samples together may take; sets the number of rounds.
         rounds: the number of rounds, when it should not follow from `seconds`.
+        warmup: calls of each before anything counts, at least 1.
 
     Returns:
         One list of samples for each call. Sample i of all calls was taken in round i.
     """
     with _no_garbage_collection():
-        warm = [[clock.read(clock.sample(call, i, 1)) for i in range(3)] for call in calls]
-        estimate = [min(times[1:]) for times in warm]
+        estimate = [min(clock.read(clock.sample(call, i, 1)) for i in range(max(1, warmup))) for call in calls]
         on_cpu = isinstance(clock, CpuClock)
         repeats = [
             max(1, min(1000, math.ceil(_SHORTEST_SAMPLE_MS / max(ms, 1e-6)))) if on_cpu else 1 for ms in estimate

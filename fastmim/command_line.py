@@ -5,6 +5,7 @@ same road: one `--key=value` word, parsed by jsonargparse against the dataclasse
 recipe is answered as precisely as one on the command line.
 """
 
+import errno
 import json
 import sys
 import types
@@ -27,9 +28,11 @@ from fastmim.config import (
     list_recipes,
     read_yaml,
     recipe_file,
+    run_of,
     settle,
     to_yaml,
 )
+from fastmim.engine.errors import exit_code
 from fastmim.methods import list_methods, method_config
 
 __all__ = ["ConfigError", "command", "load_config", "parse"]
@@ -90,12 +93,6 @@ def load_config(file: Path) -> TrainConfig:
     return parse(["--config", str(file)])
 
 
-def run_folder(resume: str) -> Path:
-    """The run that `--resume PATH` means: PATH itself, or the run to which the checkpoint PATH belongs."""
-    path = Path(resume)
-    return path.parent.parent if path.parent.name == "checkpoints" else path
-
-
 def _words(argv: Sequence[str]) -> dict[str, str | None]:
     """`--key value`, `--key=value` and `--flag` as {key: text or None}; the last one of a key counts."""
     words: dict[str, str | None] = {}
@@ -120,7 +117,7 @@ def _layers(words: dict[str, str | None]) -> list[Layer]:
     layers: list[Layer] = []
     resume = words.get("resume") or "auto"
     if resume not in ("auto", "never"):
-        folder = run_folder(resume)
+        folder = run_of(Path(resume))
         if not (folder / "config.yaml").is_file():
             raise ConfigError(
                 f"resume: {resume} is neither auto nor never, nor a run folder or a checkpoint of one "
@@ -264,7 +261,7 @@ def _merge(where: str, merged: dict[str, Any], given: dict[str, Any]) -> None:
 def _unknown(key: str, source: str, types_of: dict[str, Any]) -> str:
     group = [known for known in types_of if known.startswith(f"{key}.")]
     if group:
-        return f"{key}: is a group of settings{source}, not a single one; set {group[0]} and the like"
+        return f"{key}: is a group of settings{source}, not a single one: {', '.join(group)}"
     return f"{key}: there is no such setting{source}; {_mean(key, types_of)}--help lists all"
 
 
@@ -319,10 +316,24 @@ def _holds_tuple(kind: Any) -> bool:
 
 
 def command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> typing.NoReturn:
-    """Run a command and leave with its exit code; a mistake of the user's is one message, not a traceback."""
+    """Run a command and leave with its exit code. Only a bug shows a traceback."""
     try:
         code = main(list(sys.argv[1:] if argv is None else argv)) or 0
-    except ConfigError as error:
+    except KeyboardInterrupt:
+        code = 130
+        print("stopped", file=sys.stderr)
+    except Exception as error:
+        code = _code_of(error)
+        if code == 1:
+            raise
         print(f"error: {error}", file=sys.stderr)
-        code = 2
     raise SystemExit(code)
+
+
+def _code_of(error: Exception) -> int:
+    """2 configuration, 3 data, 4 non-finite, 5 disk full, 75 or 130 saved and stopped; 1 is a bug."""
+    if isinstance(error, ConfigError):
+        return 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 5
+    return exit_code(error)

@@ -24,6 +24,7 @@ __all__ = [
     "list_recipes",
     "read_yaml",
     "recipe_file",
+    "run_of",
     "settle",
     "to_dict",
     "to_yaml",
@@ -33,7 +34,9 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be: the message names the key, its value and what would be right. Exit code 2."""
+    """A setting that cannot be: the message names the key, its value and what would be right."""
+
+    code = 2
 
 
 @dataclass
@@ -209,6 +212,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: holds a {type(content).__name__}; a mapping of settings is expected, such as 'epochs: 100'"
         )
     return content
+
+
+def run_of(path: Path) -> Path:
+    """The run folder that a path means: itself, or the run to which a checkpoint belongs."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 def to_dict(cfg: TrainConfig) -> dict[str, Any]:

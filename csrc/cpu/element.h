@@ -57,5 +57,27 @@ static inline void from_float(float x, F16* out) {
   out->bits = static_cast<uint16_t>(sign | (magnitude >= 0x47800000u ? large : finite));
 }
 
+template <typename T>
+void convert(const T* from, int64_t step, int64_t count, float* out) {
+  if (step == 1)
+    for (int64_t i = 0; i < count; ++i) out[i] = to_float(from[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) out[i] = to_float(from[i * step]);
+}
+
+// `count` elements from `offset` on, `step` apart, as fp32: in place where they are that, else in `room`.
+static inline const float* as_floats(const void* data, int element, int64_t offset, int64_t step, int64_t count,
+                                     float* room) {
+  switch (static_cast<Element>(element)) {
+    case Element::f32:
+      if (step == 1) return static_cast<const float*>(data) + offset;
+      convert(static_cast<const float*>(data) + offset, step, count, room);
+      break;
+    case Element::bf16: convert(static_cast<const Bf16*>(data) + offset, step, count, room); break;
+    case Element::f16: convert(static_cast<const F16*>(data) + offset, step, count, room); break;
+  }
+  return room;
+}
+
 }  // namespace FASTMIM_ISA
 }  // namespace fastmim

@@ -1,6 +1,7 @@
 // Sixteen floats side by side: one register of AVX-512, two of AVX2, four of SSE; the same sums in the same order on each.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -67,6 +68,34 @@ FASTMIM_INLINE void tanh(const Lanes& x, Lanes& out) {
   far = (Lanes)((LanesInt)far | ((LanesInt)x & (int32_t)0x80000000));
   select(a < 0.625f, near, far, out);
   select(x != x, x, out, out);
+}
+
+// log(1 + x) for x >= 0, to about 2 ulp: Cephes' logarithm of 1 + x as rounded, plus what the rounding lost.
+FASTMIM_INLINE void log1p(const Lanes& x, Lanes& out) {
+  const Lanes u = x + 1.0f;
+  const LanesInt shifted = (LanesInt)u - 0x3f3504f3;  // so that the mantissa is from sqrt(1/2) to sqrt(2)
+  const LanesInt exponent = shifted >> 23;
+  const Lanes e = __builtin_convertvector(exponent, Lanes);
+  const Lanes m = (Lanes)((LanesInt)u - (exponent << 23)) - 1.0f;
+  const Lanes square = m * m;
+  Lanes p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  p = p * m * square - e * 2.12194440e-4f - 0.5f * square;
+  p = m + p + (x - (u - 1.0f)) / u + e * 0.693359375f;
+  select(x <= 3.4e38f, p, x, out);  // infinity and NaN stay
+}
+
+FASTMIM_INLINE void square_root(const Lanes& x, Lanes& out) {
+  float values[kLanes];
+  store(values, x);
+  for (int i = 0; i < kLanes; ++i) values[i] = sqrtf(values[i]);
+  load(values, out);
 }
 
 }  // namespace FASTMIM_ISA

@@ -29,14 +29,6 @@ struct Shape {
   int64_t values() const { return rows * columns * channels; }
 };
 
-template <typename T>
-void convert(const T* from, int64_t step, int64_t count, float* out) {
-  if (step == 1)
-    for (int64_t i = 0; i < count; ++i) out[i] = to_float(from[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) out[i] = to_float(from[i * step]);
-}
-
 // Three planes into RGBRGB...
 template <typename T>
 void interleave(const T* r, const T* g, const T* b, int64_t count, float* out) {

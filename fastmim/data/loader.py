@@ -5,6 +5,7 @@ s * batch_size; where several processes train, each takes its part of them. So a
 a source smaller than a batch simply comes round again, and to resume is to start at another step.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from fastmim.data.pipeline import TrainRow
 from fastmim.data.pixels import normalise
 from fastmim.data.sources import Source
 from fastmim.data.workers import Batches, Task, create_batches
+
+_log = logging.getLogger("fastmim.data")
 
 
 @dataclass
@@ -133,11 +136,18 @@ class TrainLoader:
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands: JSON; batches that were made ahead but not given count as not made."""
-        return {"step": self.step, **self._budget.state()}
+        return {"step": self.step, "images": len(self.source), **self._budget.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue where `state()` was taken, in this or another process."""
         self.close()
+        if state.get("images", len(self.source)) != len(self.source):
+            _log.warning(
+                "%s has %d images, but had %d when the run was saved: it goes on with other images than it would have",
+                self.source.name,
+                len(self.source),
+                state["images"],
+            )
         self.step = int(state["step"])
         self._budget.load_state(state)
 

@@ -19,7 +19,7 @@ import tempfile
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import reduction, util
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -133,7 +133,7 @@ class WorkerPool:
         shape: tuple[int, ...],
         workers: int,
         ahead: int,
-        paths: Any = str,
+        paths: Callable[[int], str] = str,
         start_method: str | None = None,
     ) -> None:
         """`paths` names an image by its index, for messages; `start_method` is multiprocessing's, chosen when None."""
@@ -274,6 +274,7 @@ def _work(number: int, pipe: Any, ours: list[Any], make: MakeRow, slots: _Slots)
     # Ctrl-C and SIGTERM reach the whole process group; when to stop is for the training process to say.
     for number_of_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number_of_signal, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF and the like: thousands of lines, and harmless
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)  # for sources that use it
@@ -297,7 +298,9 @@ def _work(number: int, pipe: Any, ours: list[Any], make: MakeRow, slots: _Slots)
             return
 
 
-def create_batches(make: MakeRow, shape: tuple[int, ...], workers: int, ahead: int, paths: Any) -> Batches:
+def create_batches(
+    make: MakeRow, shape: tuple[int, ...], workers: int, ahead: int, paths: Callable[[int], str]
+) -> Batches:
     """Batches of `shape` [B, C, H, W] made by `workers` processes, or here when that is 0."""
     if workers == 0:
         return InProcess(make, shape)

@@ -16,15 +16,16 @@ if TYPE_CHECKING:
         RunFolderError,
         exit_code,
     )
+    from fastmim.engine.fit_result import FitResult
     from fastmim.engine.run_folder import RunFolder
     from fastmim.engine.settings import EngineConfig, LogConfig, OptimConfig, in_steps
-    from fastmim.engine.trainer import FitResult, Trainer
+    from fastmim.engine.trainer import Trainer
 
 _HOME = {
     "CheckpointError": "errors",
     "DiskFullError": "errors",
     "EngineConfig": "settings",
-    "FitResult": "trainer",
+    "FitResult": "fit_result",
     "Interrupted": "errors",
     "LogConfig": "settings",
     "NonFiniteError": "errors",

@@ -163,7 +163,7 @@ def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list
     """What keeps `found` from being copied into `expected`, as phrases; empty when it fits."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not expected" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
+    for name in (name for name in expected if name in found):
         here, there = expected[name], found[name]
         if here.shape != there.shape:
             problems.append(f"{name} is {list(there.shape)}, expected {list(here.shape)}")

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _ROOT = logging.getLogger("fastmim")
@@ -11,9 +12,19 @@ _ROOT = logging.getLogger("fastmim")
 class _LogFile(logging.FileHandler):
     """A disk that refuses costs one warning, not the run."""
 
+    broken = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.broken:
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
-        _ROOT.removeHandler(self)
+        self.broken = True
         _ROOT.warning("train.log cannot be written (%s); the run goes on without it.", sys.exc_info()[1])
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 class _Terminal(logging.Handler):

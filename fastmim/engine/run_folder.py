@@ -14,6 +14,7 @@ from typing import TextIO
 
 from fastmim.engine.errors import BUG, DONE, RunFolderError, exit_code
 from fastmim.engine.logs import start_logs, stop_logs
+from fastmim.engine.signals import RaisingSignals
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ _OURS = (
     "metrics.jsonl",
     "exit.json",
     "nonfinite.json",
+    "evaluation.json",
     "tensorboard",
     "checkpoints",
     "pictures",
@@ -56,6 +58,7 @@ class RunFolder:
         self._fresh = fresh
         self._lock: TextIO | None = None
         self._handlers: list[logging.Handler] = []
+        self._signals = RaisingSignals()
         self._news: list[str] = []  # to be logged once there is a log
 
     def __enter__(self) -> "RunFolder":
@@ -71,6 +74,7 @@ class RunFolder:
         except OSError as error:
             self._release()
             raise RunFolderError(f"out: {self.path} cannot be written ({error.strerror})") from None
+        self._signals.__enter__()
         for line in self._news:
             logger.info(line)
         return self
@@ -91,6 +95,7 @@ class RunFolder:
         except OSError as trouble:
             logger.warning("exit.json cannot be written: %s", trouble.strerror)
         stop_logs(self._handlers)
+        self._signals.__exit__(kind, error, trace)
         self._release()
 
     def write(self, name: str, text: str) -> Path:

@@ -1,36 +1,31 @@
-"""SIGINT, SIGTERM and SIGUSR1 as a request: the handler sets a flag, the trainer looks at it between steps."""
+"""SIGINT, SIGTERM and SIGUSR1 as a request: while training, the handler sets a flag, looked at between steps."""
 
 import os
 import signal
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Self
 
-from fastmim.engine.errors import CTRL_C, PREEMPTED
+from fastmim.engine.errors import CTRL_C, PREEMPTED, Interrupted
 
 _ECHO = 0.5  # seconds; timeout(1) and some schedulers send one request twice
 _CODES = {signal.SIGINT: CTRL_C, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED}
 
 
-class StopSignals:
-    """While entered, `received` is the first signal that asked to stop, or None. A second one exits at once."""
+class _Handlers:
+    """Handlers for `numbers` while entered; the ones before come back after."""
+
+    numbers: tuple[signal.Signals, ...]
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._owner = 0
-        self._since = 0.0
 
-    @property
-    def code(self) -> int:
-        """The exit code that belongs to `received`."""
-        return _CODES[self.received] if self.received is not None else 0
-
-    def __enter__(self) -> "StopSignals":
+    def __enter__(self) -> Self:
         self._owner = os.getpid()
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._before = {number: signal.signal(number, self._handle) for number in _CODES}
+            self._before = {number: signal.signal(number, self._handle) for number in self.numbers}
         return self
 
     def __exit__(
@@ -38,6 +33,37 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class RaisingSignals(_Handlers):
+    """Outside of training there is nothing to save: SIGTERM and SIGUSR1 raise Interrupted, as SIGINT raises anyway."""
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        code = _CODES[signal.Signals(number)]
+        if os.getpid() != self._owner:  # a forked process
+            os._exit(code)
+        raise Interrupted(f"Stopped by {signal.Signals(number).name}; repeat the command to go on.", code)
+
+
+class StopSignals(_Handlers):
+    """While entered, `received` is the first signal that asked to stop, or None. A second one exits at once."""
+
+    numbers = tuple(_CODES)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: signal.Signals | None = None
+        self._since = 0.0
+
+    @property
+    def code(self) -> int:
+        """The exit code that belongs to `received`."""
+        return _CODES[self.received] if self.received is not None else 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         code = _CODES[signal.Signals(number)]

@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fastmim.data import Loader, normalise
-from fastmim.engine.checkpoint import Checkpoint, CheckpointStore, check_fits, find_checkpoint
+from fastmim.engine.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from fastmim.engine.ema import Ema
 from fastmim.engine.errors import CheckpointError, DiskFullError, Interrupted
+from fastmim.engine.fit_result import FitResult, Interval
 from fastmim.engine.health import FiniteWatch
 from fastmim.engine.injector import inject
 from fastmim.engine.metrics import MetricsFile, cut_metrics
-from fastmim.engine.optimizer import create_optimizer, load_optimizer_state, optimizer_state, set_lr
+from fastmim.engine.optimizer import create_optimizer, set_lr
 from fastmim.engine.pictures import picture_grid, save_picture
 from fastmim.engine.precision import choose_device, choose_precision
 from fastmim.engine.progress import create_progress
@@ -30,50 +30,12 @@ from fastmim.engine.settings import EngineConfig, LogConfig, OptimConfig, in_ste
 from fastmim.engine.signals import StopSignals
 from fastmim.engine.step import StepOutput, TrainStep
 from fastmim.engine.tensorboard import TensorBoard, create_board
+from fastmim.engine.training_state import TrainingState
 from fastmim.methods import Method, Pictures
 
 logger = logging.getLogger(__name__)
 
 _FAILED_SAVES = 3  # in a row, before the run ends for want of disk
-
-
-@dataclass
-class FitResult:
-    """What a finished `Trainer.fit` did."""
-
-    step: int  # steps behind the weights, including those before a resume
-    steps: int = 0  # steps done by this call
-    images: int = 0  # images seen by this call
-    seconds: float = 0.0  # wall time of those steps, checkpoints and pictures left out
-    waited: float = 0.0  # seconds of those spent waiting for the loader
-    last_loss: float | None = None  # loss of the last step; None when there was nothing left to do
-    skipped: int = 0  # steps skipped as non-finite, including those before a resume
-    resumed_from: int = 0  # step of the checkpoint this call started from, 0: none
-    checkpoint: Path | None = None  # the newest checkpoint
-    picture: Path | None = None  # the newest reconstruction picture
-
-    @property
-    def images_per_second(self) -> float:
-        return self.images / self.seconds if self.seconds > 0 else 0.0
-
-    @property
-    def data_wait(self) -> float:
-        """Share of the time spent waiting for the loader."""
-        return self.waited / self.seconds if self.seconds > 0 else 0.0
-
-
-@dataclass
-class _Interval:
-    """Counted since the last logged step."""
-
-    images: int = 0
-    waited: float = 0.0
-    paused: float = 0.0  # spent on checkpoints and pictures
-    began: float = field(default_factory=time.perf_counter)
-
-    @property
-    def seconds(self) -> float:
-        return max(time.perf_counter() - self.began - self.paused, 1e-9)
 
 
 class Trainer:
@@ -123,11 +85,13 @@ class Trainer:
         torch.backends.cudnn.benchmark = not engine.deterministic  # shapes never change
         if engine.deterministic:
             make_deterministic()
+        self._mean_std = [torch.tensor(values, dtype=torch.float32, device=self.device) for values in (mean, std)]
         self.method = method.to(self.device).train()
         self.optimizer = create_optimizer(self.method, optim)
         peak = optim.peak_lr(batch_size)
         self.schedule = Schedule.of(optim, peak=peak, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-        self.ema = Ema(self.method, engine.ema) if engine.ema else None
+        ema = Ema(self.method, engine.ema) if engine.ema else None
+        self.state = TrainingState(self.method, self.optimizer, ema)
         self.train_step = TrainStep(
             self.method,
             self.optimizer,
@@ -137,7 +101,7 @@ class Trainer:
             seed=seed,
             micro_batch=batch_size // optim.accumulate,
             stop=engine.nonfinite == "stop",
-            ema=self.ema,
+            ema=ema,
         )
         self.log_every = in_steps(log.every, steps_per_epoch)
         self.pictures_every = in_steps(log.pictures_every, steps_per_epoch)
@@ -187,7 +151,7 @@ class Trainer:
             if self._resumed is not None:
                 batches.load_state(self._resumed["data"])
                 set_rng_states(self._resumed["rng"], self.device)
-            interval = _Interval()
+            interval = Interval()
             while result.step < self.total_steps:
                 inject("step", result.step + 1)
                 if signals.received is not None:
@@ -196,7 +160,7 @@ class Trainer:
                 step, last = result.step, result.step == self.total_steps
                 if last or step % self.log_every == 0:
                     values = self._read(output, interval)
-                    interval = _Interval()
+                    interval = Interval()
                     metrics.write(values)
                     board.scalars(values, step)
                     progress.update(step, values)
@@ -212,7 +176,7 @@ class Trainer:
         result.skipped = self.watch.skipped
         return result
 
-    def _one_step(self, batches: Loader, interval: _Interval) -> StepOutput:
+    def _one_step(self, batches: Loader, interval: Interval) -> StepOutput:
         step = self.result.step
         asked = time.perf_counter()
         raw = next(batches)
@@ -236,27 +200,25 @@ class Trainer:
 
     def _normalised(self, images: Tensor) -> Tensor:
         images = images.to(self.device, non_blocking=True)
-        return normalise(images, self.mean, self.std) if images.dtype == torch.uint8 else images
+        return normalise(images, *self._mean_std) if images.dtype == torch.uint8 else images
 
-    def _read(self, output: StepOutput, interval: _Interval) -> dict[str, float | int | None]:
+    def _read(self, output: StepOutput, interval: Interval) -> dict[str, float | int | None]:
         """The line of a logged step: the one place where the host waits for the device."""
         names = ["loss", *output.parts, "grad_norm"]
         tensors = [output.loss, *output.parts.values(), output.grad_norm]
         numbers = dict(zip(names, torch.stack([t.float() for t in tensors]).tolist(), strict=True))
         self.watch.check()
-        result = self.result
+        result, seconds = self.result, interval.seconds
         result.last_loss = numbers["loss"]
-        result.images += interval.images
-        result.seconds += interval.seconds
-        result.waited += interval.waited
+        result.add(interval, seconds)
         return {
             "step": result.step,
             "epoch": round(result.step / self.steps_per_epoch, 4),
             **{name: numbers[name] for name in names[:-1]},
             "lr": self.schedule.lr(result.step - 1),
             "grad_norm": numbers["grad_norm"],
-            "images_per_second": round(interval.images / interval.seconds, 2),
-            "data_wait": round(interval.waited / interval.seconds, 4),
+            "images_per_second": round(interval.images / seconds, 2),
+            "data_wait": round(interval.waited / seconds, 4),
             "replaced_images": self.replaced,
             **({"skipped_steps": self.watch.skipped} if self.watch.skipped else {}),
         }
@@ -292,9 +254,6 @@ class Trainer:
         result = self.result
         if result.checkpoint is not None and result.checkpoint.name == f"step-{result.step:08d}":
             return
-        tensors = {"method": self.method.state_dict(), "optimizer": optimizer_state(self.optimizer)}
-        if self.ema is not None:
-            tensors["ema"] = self.ema.state_dict()
         state = {
             **self.facts,
             "epoch": result.step / self.steps_per_epoch,
@@ -304,7 +263,7 @@ class Trainer:
             "rng": rng_states(self.device),
         }
         try:
-            result.checkpoint = self.store.save(result.step, tensors, state)
+            result.checkpoint = self.store.save(result.step, self.state.tensors(), state)
             self._failed_saves = 0
         except OSError as error:
             self._failed_saves += 1
@@ -333,24 +292,12 @@ class Trainer:
         cut_metrics(self.run.metrics, self.result.step)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Check everything, then copy."""
-        path, tensors = checkpoint.path, checkpoint.tensors
-        here = self.method.state_dict()
-        check_fits(f"{path}: method", here, tensors.get("method", {}))
-        if self.ema is not None and "ema" in tensors:
-            check_fits(f"{path}: ema", self.ema.average, tensors["ema"])
+        path, state = checkpoint.path, checkpoint.state
         if checkpoint.step > self.total_steps:
             raise CheckpointError(
                 f"{path} is at step {checkpoint.step}, beyond this run's {self.total_steps}; give more epochs or steps"
             )
-        load_optimizer_state(self.optimizer, tensors.get("optimizer", {}), str(path))
-        with torch.no_grad():
-            for name, tensor in here.items():
-                tensor.copy_(tensors["method"][name])
-            if self.ema is not None:
-                for name, tensor in self.ema.average.items():
-                    tensor.copy_(tensors.get("ema", tensors["method"])[name])
-        state = checkpoint.state
+        self.state.load(checkpoint)
         changed = [f"{k} {state.get(k)} -> {v}" for k, v in self.facts.items() if k != "meta" and state.get(k) != v]
         if changed:
             logger.warning("Resumed with changes, so the steps to come may not repeat exactly: %s", "; ".join(changed))

@@ -1,6 +1,7 @@
 """A²MIM: architecture-agnostic masked image modeling (arXiv 2205.13943)."""
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -25,7 +26,8 @@ class FrequencyConfig:
     """Form "paper" compares the spectra of each image. Form "code", which the authors' releases run, compares (with
     `focal`) the mean spectra of the batch of a process, and so depends on its size."""
     focal: bool = True
-    """Form "code" only: weigh frequencies by their own error; false applies the pixel loss to spectra of each image."""
+    """Weigh frequencies by their own error. False: no weights in form "paper"; in form "code" the loss in pixel space
+    applied to the spectra of each image."""
     alpha: float = 1.0
     """Exponent of the weight that a frequency gets from its own error."""
     distance: Literal["squared", "modulus"] = "squared"
@@ -108,6 +110,7 @@ class A2MIM(Method):
         gate = cfg.gate_init if gated else None
         self.mask_token = MaskToken(point.channels, point.layout, replace=False, gate=gate, detach=cfg.detach)
         self.head = PixelHead(encoder.num_features, encoder.stride, encoder.in_chans)
+        _check_frequency(cfg.freq)
         self.loss: Literal["l1", "focal_l1"] = cfg.loss if cfg.loss != "auto" else "focal_l1" if is_cnn else "l1"
 
     def forward(self, batch: Batch) -> Output:
@@ -158,6 +161,19 @@ def mean_fill(images: Tensor, removed: Tensor) -> Tensor:
     """Removed pixels become the image's mean per channel over all pixels. removed: bool [B, 1, H, W]."""
     mean = images.mean(dim=(2, 3), keepdim=True)
     return torch.where(removed, mean, images)
+
+
+def _check_frequency(freq: FrequencyConfig) -> None:
+    """Refuse settings that contradict each other before a step is made."""
+    if not 0.0 <= freq.weight < math.inf:
+        raise ValueError(f"a2mim: freq.weight is λ, zero or a positive number; got {freq.weight}.")
+    if not 0.0 <= freq.visible_weight <= 1.0:
+        raise ValueError(f"a2mim: freq.visible_weight is a share, between 0 and 1; got {freq.visible_weight}.")
+    if freq.form == "code" and (freq.distance, freq.normalise, freq.reduce) != ("squared", "image_max", "mean"):
+        raise ValueError(
+            f"a2mim: freq.distance, freq.normalise and freq.reduce belong to form 'paper', but form 'code' was given "
+            f"with {freq.distance!r}, {freq.normalise!r} and {freq.reduce!r}; drop them or choose form 'paper'."
+        )
 
 
 def _pictures(original: Tensor, filled: Tensor, prediction: Tensor, removed: Tensor) -> Pictures:

@@ -52,9 +52,10 @@ def cell_grid(img_size: tuple[int, int], cell: tuple[int, int], method: str, wha
     """(rows, columns) of cells, or a sentence that says which side does not divide."""
     for side, step, axis in zip(img_size, cell, ("height", "width"), strict=True):
         if side % step:
+            near = [size for size in (side // step * step, (side // step + 1) * step) if size]
             raise ValueError(
                 f"{method}: image {axis} {side} is not divisible by {what} {step} (images of {size_text(img_size)} "
-                f"pixels); the nearest sizes that are: {side // step * step or step} and {(side // step + 1) * step}."
+                f"pixels); {' or '.join(map(str, near))} would be."
             )
     return img_size[0] // cell[0], img_size[1] // cell[1]
 

@@ -100,7 +100,6 @@ def operations() -> dict[str, Backends]:
     return dict(sorted(_REGISTRY.items()))
 
 
-@torch.compiler.assume_constant_result
 def _choose(op: str, device_type: str, dtype: torch.dtype | None, backend: str | None) -> str:
     backends = _REGISTRY[op]
     source = "backend="
@@ -116,6 +115,10 @@ def _choose(op: str, device_type: str, dtype: torch.dtype | None, backend: str |
     if reason:
         raise ValueError(f"{op}: {source}{backend!r} cannot run: {reason}")
     return backend
+
+
+# What torch.compiler.assume_constant_result sets; calling it imports all of torch._dynamo, a second that --help feels.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

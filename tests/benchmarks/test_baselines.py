@@ -13,6 +13,7 @@ from fastmim.ops import Masks
 SMALL_VIT = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8}
 SMALL_BEIT = SMALL_VIT | {"init_values": 0.1}
 SMALL_CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+SMALL_RESNET = {"layers": (1, 1, 1, 1)}
 SIZE = (64, 96)
 
 CASES = [
@@ -20,11 +21,11 @@ CASES = [
     ("mae", "vit_tiny_patch16_224", SMALL_VIT, {"norm_pix_loss": False, "mask_ratio": 0.5}),
     ("simmim", "vit_tiny_patch16_224", SMALL_VIT | {"init_values": 0.1}, {}),
     ("simmim", "beit_base_patch16_224", SMALL_BEIT, {"mask_layer": 1}),
-    ("simmim", "resnet18", {}, {}),
+    ("simmim", "resnet18", SMALL_RESNET, {}),
     ("a2mim", "vit_tiny_patch16_224", SMALL_VIT, {}),
     ("a2mim", "beit_base_patch16_224", SMALL_BEIT | {"use_abs_pos_emb": True}, {"freq.form": "code"}),
-    ("a2mim", "resnet18", {}, {"freq.form": "code", "freq.visible_weight": 1e-3}),
-    ("a2mim", "resnet50", {"layers": (1, 1, 1, 1)}, {"freq.form": "code", "freq.focal": False}),
+    ("a2mim", "resnet18", SMALL_RESNET, {"freq.form": "code", "freq.visible_weight": 1e-3}),
+    ("a2mim", "resnet50", SMALL_RESNET, {"freq.form": "code", "freq.focal": False}),
     ("a2mim", "convnext_tiny", SMALL_CONVNEXT, {"freq.replacement": "mean"}),
     ("a2mim", "convnextv2_tiny", SMALL_CONVNEXT, {"freq.weight": 0.0}),
 ]

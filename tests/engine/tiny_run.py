@@ -48,7 +48,7 @@ class TinyMethod(Method):
     def __init__(self, channels: int = 3, norm: bool = True) -> None:
         super().__init__(TinyEncoder(channels, norm), None, (SIZE, SIZE))  # type: ignore[arg-type]
         self.head = nn.Linear(24, PATCH * PATCH * channels)
-        self.seen: list[list[int]] = []  # rng of each forward pass
+        self.seen: list[Tensor] = []  # rng of each forward pass
         self.steps: list[int] = []
 
     def lr_scales(self) -> dict[str, float]:
@@ -59,11 +59,12 @@ class TinyMethod(Method):
 
     def forward(self, batch: Batch) -> Output:
         self.check_images(batch.images)
-        self.seen.append(batch.rng.tolist())
+        self.seen.append(batch.rng.clone())
         mask = random_mask(batch.size, CELLS, CELLS // 4, batch.rng).mask
         patches = patchify(batch.images, PATCH)
         prediction = self.head(self.encoder(patches, mask))
-        loss = ((prediction.float() - patches) ** 2)[mask].mean()
+        errors = ((prediction.float() - patches) ** 2).mean(-1)
+        loss = (errors * mask).sum() / (batch.size * (CELLS - CELLS // 4))
 
         def pictures() -> Pictures:
             def pixels(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""MAE in plain functions over a state dict with the official names: an independent reading of the paper for the tests."""
+"""MAE in plain functions over a state dict with the official names: an independent reading of the paper."""
 
 from collections.abc import Mapping
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from fastmim.methods import Batch, create_method
 from fastmim.methods.mae import MAE, MAEConfig, official_key
 from fastmim.models import create_encoder
-from fastmim.ops import random_mask
+from fastmim.ops import patchify, random_mask
 from tests.methods.plain_mae import plain_mae_loss
 
 
@@ -108,8 +108,6 @@ def test_perfect_prediction_of_normalised_patches_reconstructs_the_image():
     method = small_mae(norm_pix_loss=True)
     images = images_for(method)
     masks = random_mask(3, method.num_patches, method.num_keep, rng())
-    from fastmim.ops import patchify
-
     patches = patchify(images, 8)
     perfect = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     pictures = method._pictures(images, perfect, masks.mask)
@@ -218,7 +216,7 @@ def test_a_cnn_is_refused():
         create_method("mae", create_encoder("resnet18"), None, 64)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.01, 1.0, 1 - 1 / 25, 1.5])
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 1 - 1 / 25, 1.5, -0.1])
 def test_ratios_that_remove_nothing_or_everything_are_refused(ratio):
     with pytest.raises(ValueError, match="mask_ratio"):
         small_mae(mask_ratio=ratio)
@@ -231,10 +229,10 @@ def test_an_image_of_one_patch_is_refused():
 
 def test_an_encoder_of_another_size_is_refused():
     encoder = create_encoder("vit_tiny_patch16_224", img_size=64, embed_dim=32, depth=1, num_heads=2)
-    with pytest.raises(ValueError, match="32x32 pixels.*64x64.*same img_size"):
+    with pytest.raises(ValueError, match=r"32x32 pixels.*64x64.*same img_size"):
         create_method("mae", encoder, None, 32)
 
 
 def test_a_decoder_width_that_its_heads_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="width of 20 .* 3 heads"):
+    with pytest.raises(ValueError, match=r"width of 20 .* 3 heads"):
         small_mae(decoder_dim=20, decoder_num_heads=3)

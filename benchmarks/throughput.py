@@ -1,0 +1,207 @@
+"""Training steps of whole methods against the plain PyTorch way: forward, backward and optimiser, taking turns.
+
+Ours is the step that `fastmim.train` runs (gradient norm and finite check included). The plain way is its twin in
+benchmarks/baselines with torch's default AdamW, looking at the loss in each step, as the papers' repositories do.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.baselines import baseline_of
+from benchmarks.ops import add_machine_options, choose, command_line, prepare_machine
+from benchmarks.runner import DTYPES, BenchmarkError, Case, Row, Settings, Side, run_cases, write_rows
+from benchmarks.table import show
+from fastmim.engine import OptimConfig
+from fastmim.engine.optimizer import create_optimizer, set_lr
+from fastmim.engine.step import TrainStep
+from fastmim.methods import create_method, list_methods
+from fastmim.models import create_encoder
+
+_LR = 1e-4
+
+
+def our_step(method: Any, precision: str, batch_size: int) -> Callable[[Tensor], None]:
+    """The engine's own step."""
+    device = next(method.parameters()).device
+    optim = OptimConfig(lr=_LR)
+    optimizer = create_optimizer(method, optim)
+    set_lr(optimizer, _LR)
+    step = TrainStep(
+        method,
+        optimizer,
+        optim,
+        precision=precision,
+        device=device,
+        seed=0,
+        micro_batch=batch_size,
+        stop=True,
+        ema=None,
+    )
+    done = 0
+
+    def run(images: Tensor) -> None:
+        nonlocal done
+        step(images, None, None, done)
+        done += 1
+
+    return run
+
+
+def plain_step(plain: nn.Module, precision: str) -> Callable[[Tensor], None]:
+    """What a training script does: autocast, backward, AdamW, and a look at the loss."""
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=_LR, betas=(0.9, 0.95))
+    device = trained[0].device
+
+    def run(images: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+            loss = plain(images)
+        loss.backward()
+        optimizer.step()
+        if not math.isfinite(loss.item()):
+            raise BenchmarkError("the loss of the plain way is not finite")
+
+    return run
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Weights, buffers, gradients and AdamW's two averages: what a training run keeps between steps."""
+    kept = [*model.parameters(), *model.buffers()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return sum(t.numel() * t.element_size() for t in kept) + 3 * sum(p.numel() * p.element_size() for p in trained)
+
+
+def count_flops(plain: nn.Module, images: Tensor) -> int:
+    """Of matrix products, convolutions and attention in forward and backward, counted on the plain twin."""
+    few = images[:2]
+    with FlopCounterMode(display=False) as counter:
+        plain(few).backward()
+    plain.zero_grad(set_to_none=True)
+    return counter.get_total_flops() * images.shape[0] // few.shape[0]
+
+
+def step_case(
+    method_name: str, model: str, img_size: tuple[int, int], batch_size: int, precision: str, device: torch.device
+) -> Case:
+    """The case of one method, encoder and precision; building it builds both models."""
+    torch.manual_seed(0)
+    method = create_method(method_name, create_encoder(model, img_size=img_size), None, img_size).to(device).train()
+    plain = baseline_of(method)
+    shape = (batch_size, method.encoder.in_chans, *img_size)
+    size = f"{img_size[0]}px" if img_size[0] == img_size[1] else f"{img_size[0]}x{img_size[1]}px"
+    return Case(
+        op=method_name,
+        case=f"{model} {size} B{batch_size}",
+        candidate=Side("auto", our_step(method, precision, batch_size), resident_bytes(method)),
+        baseline=Side("plain PyTorch", plain_step(plain, precision), resident_bytes(plain)),
+        inputs=lambda: (torch.randn(shape, device=device),),
+        dtype=DTYPES[precision],
+        passes=("step",),
+        images=batch_size,
+        flops={"step": count_flops(plain, torch.randn(shape, device=device))},
+    )
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    sides = [int(side) for side in text.lower().split("x")]
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no image size; write 224 or 224x192 (height x width)")
+    return sides[0], sides[-1]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
+    known = ", ".join(list_methods())
+    parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help=f"of {known}; default: all that fit")
+    parser.add_argument("--model", nargs="+", default=["vit_small_patch16_224"], help="encoders, by timm's names")
+    parser.add_argument("--img_size", type=_image_size, help="224 (the default), or 224x192 (height x width)")
+    parser.add_argument("--batch_size", type=int, default=None, help="default: 16 on a CPU, 256 on a GPU")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="default: fp32")
+    parser.add_argument("--steps", type=int, default=None, help="measured steps of each side; default: 10, on a GPU 30")
+    parser.add_argument("--quick", action="store_true", help="two images of 32 pixels, one step: does everything run?")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    add_machine_options(parser)
+    return parser
+
+
+def _combinations(wanted: Sequence[str], models: Sequence[str], img_size: tuple[int, int]) -> list[tuple[str, str]]:
+    """(method, model) pairs to measure. They are built without memory first: a method that was asked for and does not
+    fit an encoder is an error before anything is measured; without names, such methods are left out.
+
+    Raises:
+        ValueError: an unknown name, or a pair asked for that does not fit.
+    """
+    pairs = []
+    for model in models:
+        for method in choose(wanted, list_methods(), "method"):
+            with torch.device("meta"):
+                encoder = create_encoder(model, img_size=img_size)
+                try:
+                    create_method(method, encoder, None, img_size)
+                except ValueError as error:
+                    if wanted:
+                        raise
+                    print(f"left out: {error}", file=sys.stderr)
+                    continue
+            pairs.append((method, model))
+    return pairs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        device = prepare_machine(options)
+        img_size = options.img_size or ((32, 32) if options.quick else (224, 224))
+        pairs = _combinations(options.methods, options.model, img_size)
+        batch_size = options.batch_size or (2 if options.quick else 256 if device.type == "cuda" else 16)
+        if batch_size < 2:
+            raise ValueError(f"--batch_size {batch_size}: at least 2 images are needed")
+    except (ValueError, RuntimeError) as error:
+        print(f"benchmarks.throughput: {error}", file=sys.stderr)
+        return 2
+    settings = Settings(
+        device=device,
+        quick=options.quick,
+        rounds=options.steps or (1 if options.quick else 30 if device.type == "cuda" else 10),
+        warmup=3 if device.type == "cuda" else 1,
+    )
+    command = command_line("benchmarks.throughput", arguments)
+    rows: list[Row] = []
+
+    def keep(row: Row) -> None:
+        rows.append(row | {"command": command})
+        if options.json:
+            write_rows(rows, options.json)
+
+    failures: list[str] = []
+    for (method, model), precision in itertools.product(pairs, options.precision):
+        try:
+            case = step_case(method, model, img_size, batch_size, precision, device)
+        except (ValueError, RuntimeError) as error:
+            failures.append(f"{method} {model} {precision}: {error}")
+            continue
+        failures += run_cases([case], settings, keep)[1]
+        del case  # both models, before the next two are built
+    show(rows)
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures or not rows else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

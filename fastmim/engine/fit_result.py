@@ -1,0 +1,49 @@
+"""What a training run did, and how fast."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Interval:
+    """Counts of the steps since the last logged one."""
+
+    images: int = 0
+    waited: float = 0.0  # seconds for the loader
+    paused: float = 0.0  # seconds for checkpoints and pictures
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        return max(time.perf_counter() - self.began - self.paused, 1e-9)
+
+
+@dataclass
+class FitResult:
+    """What a finished `Trainer.fit` did."""
+
+    step: int  # steps behind the weights, including those before a resume
+    steps: int = 0  # steps done by this call
+    images: int = 0  # images seen by this call
+    seconds: float = 0.0  # wall time of those steps, checkpoints and pictures left out
+    waited: float = 0.0  # seconds of those spent waiting for the loader
+    last_loss: float | None = None  # loss of the last step; None when there was nothing left to do
+    skipped: int = 0  # steps skipped as non-finite, including those before a resume
+    resumed_from: int = 0  # step of the checkpoint this call started from, 0: none
+    checkpoint: Path | None = None  # the newest checkpoint
+    picture: Path | None = None  # the newest reconstruction picture
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time spent waiting for the loader."""
+        return self.waited / self.seconds if self.seconds > 0 else 0.0
+
+    def add(self, interval: Interval, seconds: float) -> None:
+        self.images += interval.images
+        self.seconds += seconds
+        self.waited += interval.waited

@@ -1,0 +1,144 @@
+"""Pre-train an encoder: `python -m fastmim.train --recipe NAME --data.root DIR`. Without arguments: a small run."""
+
+import copy
+import json
+import logging
+from typing import TYPE_CHECKING
+
+from fastmim.command_line import command, parse
+from fastmim.config import ConfigError, TrainConfig, to_yaml
+from fastmim.resume import Place, choose_place
+
+if TYPE_CHECKING:
+    from fastmim.data import Source
+    from fastmim.engine import FitResult, RunFolder, Trainer
+    from fastmim.evaluation import Score
+    from fastmim.methods import Method
+    from fastmim.models import Encoder
+
+logger = logging.getLogger("fastmim.train")
+
+
+def main(argv: list[str]) -> None:
+    cfg = parse(argv)
+    place = choose_place(cfg)
+
+    from fastmim.engine import RunFolder
+    from fastmim.evaluation import load_encoder
+
+    try:
+        source, method = build(cfg)
+        untrained = copy.deepcopy(method.encoder) if cfg.evaluate else None
+    except ValueError as error:  # what does not fit together says so in a sentence
+        raise ConfigError(str(error)) from None
+    with RunFolder(place.folder, fresh=place.resume == "never") as run:
+        run.write("config.yaml", to_yaml(cfg))
+        introduce(cfg, place, source, method)
+        try:
+            trainer = create_trainer(cfg, place, run, source, method)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        before = measure(untrained, cfg) if untrained is not None else {}
+        result = trainer.fit()
+        after = measure(load_encoder(run.path)[0], cfg) if cfg.evaluate else {}
+        conclude(cfg, run, result, before, after)
+
+
+def build(cfg: TrainConfig) -> tuple["Source", "Method"]:
+    """The images, and the method around its encoder with weights drawn from the seed."""
+    import torch
+
+    from fastmim.data import create_source
+    from fastmim.methods import create_method
+    from fastmim.models import create_encoder
+
+    source = create_source(cfg.data)
+    if cfg.evaluate and source.labels is None:
+        raise ConfigError(f"evaluate: {source.name} has no labels to compare with; it needs one folder per class")
+    torch.manual_seed(cfg.seed)
+    encoder = create_encoder(
+        str(cfg.model.name),
+        img_size=cfg.size,
+        patch_size=cfg.model.patch_size,
+        in_chans=source.in_chans,
+        drop_path_rate=cfg.model.drop_path_rate,
+        **cfg.model.kwargs,
+    )
+    return source, create_method(cfg.method_name, encoder, cfg.method, cfg.size)
+
+
+def create_trainer(cfg: TrainConfig, place: Place, run: "RunFolder", source: "Source", method: "Method") -> "Trainer":
+    from fastmim.data import create_loader
+    from fastmim.engine import Trainer
+
+    steps_per_epoch = max(1, len(source) // cfg.batch_size)
+    encoder = method.encoder
+    return Trainer(
+        method,
+        lambda step: create_loader(source, cfg.data, cfg.size, cfg.batch_size, cfg.seed, start_step=step),
+        run,
+        cfg.optim,
+        cfg.engine,
+        cfg.log,
+        batch_size=cfg.batch_size,
+        total_steps=cfg.total_steps(steps_per_epoch),
+        steps_per_epoch=steps_per_epoch,
+        seed=cfg.seed,
+        mean=source.mean,
+        std=source.std,
+        meta={
+            "method": cfg.method_name,
+            "encoder": encoder.name,
+            "timm_kwargs": encoder.timm_kwargs,
+            "img_size": cfg.size,
+            "in_chans": encoder.in_chans,
+            "mean": source.mean,
+            "std": source.std,
+        },
+        resume=place.resume,
+    )
+
+
+def measure(encoder: "Encoder", cfg: TrainConfig) -> dict[str, "Score"]:
+    from fastmim.evaluation import probe
+
+    return probe(encoder, cfg.data, cfg.size)
+
+
+def introduce(cfg: TrainConfig, place: Place, source: "Source", method: "Method") -> None:
+    """What is about to happen; the trainer adds device, precision, rate and steps."""
+    say = logger.info
+    count = sum(p.numel() for p in method.encoder.parameters()) / 1e6
+    say("%s with %s (%.1f M parameters), images of %dx%d", cfg.method_name, cfg.model.name, count, *cfg.size)
+    classes = f"in {len(source.classes)} classes" if source.classes else "without labels"
+    say("%s: %d images %s", source.name, len(source), classes)
+    if cfg.optim.base_lr is not None:
+        say("rate: %g per %d images, here for %d", cfg.optim.base_lr, cfg.optim.lr_per, cfg.batch_size)
+    say("%s %s", "new run in" if place.resume == "never" else "continuing", place.folder)
+    for line in place.changed:
+        say("changed since then: %s", line)
+
+
+def conclude(
+    cfg: TrainConfig, run: "RunFolder", result: "FitResult", before: dict[str, "Score"], after: dict[str, "Score"]
+) -> None:
+    """What came out, where it lies, what to do next."""
+    say = logger.info
+    if result.steps:
+        say("%d steps in %.0f s, %.0f images/s", result.steps, result.seconds, result.images_per_second)
+    if after:
+        say("accuracy of the frozen encoder, untrained -> pre-trained")
+        for kind, score in after.items():
+            say("  %-6s  %.1f %% -> %.1f %%", kind, before[kind].mean, score.mean)
+        scores = {
+            name: {k: s.to_dict() for k, s in part.items()} for name, part in (("before", before), ("after", after))
+        }
+        run.write("evaluation.json", json.dumps(scores, indent=1) + "\n")
+    say("pictures     %s", result.picture)
+    say("checkpoint   %s", result.checkpoint)
+    say("metrics      %s", run.metrics)
+    say("next: write the encoder for timm with\n  python -m fastmim.export %s", run.path)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,110 @@
+"""The commands: python -m benchmarks.ops, .throughput and .table."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import ops, table, throughput
+from benchmarks.runner import KEYS, read_rows
+
+_needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no usable GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _needs_gpu])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ops.list_ops())
+def test_every_operation_runs_quickly(name, device, tmp_path, capsys):
+    path = tmp_path / "ops.json"
+    assert ops.main([name, "--quick", "--device", device, "--json", str(path)]) == 0, capsys.readouterr().err
+    rows = json.loads(path.read_text())
+    assert {row["op"] for row in rows} == {name}
+    assert all(set(KEYS) <= set(row) for row in rows)
+    assert all(row["command"].startswith("python -m benchmarks.ops ") for row in rows)
+    assert name in capsys.readouterr().out
+
+
+def test_an_unknown_operation_is_answered_with_the_nearest(capsys, monkeypatch):
+    monkeypatch.setattr(ops, "list_ops", lambda: ["random_mask", "masked_patch_loss"])
+    assert ops.main(["randm_mask"]) == 2
+    assert capsys.readouterr().err == "benchmarks.ops: unknown operation 'randm_mask'; did you mean 'random_mask'?\n"
+
+
+def test_impossible_machine_options_are_answered(capsys):
+    assert ops.main(["--threads", "0"]) == 2
+    assert "--threads 0" in capsys.readouterr().err
+    assert ops.main(["--device", "tpu9"]) == 2
+
+
+TINY = ["--quick", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_throughput_of_all_methods_on_a_small_image(device, tmp_path, capsys):
+    path = tmp_path / "throughput.json"
+    arguments = ["--quick", "--device", device, "--model", "vit_tiny_patch16_224", "--json", str(path)]
+    assert throughput.main([*arguments, "--methods", "mae", "simmim", "a2mim"]) == 0, capsys.readouterr().err
+    rows = read_rows(path)
+    assert [row["op"] for row in rows] == ["mae", "simmim", "a2mim"]
+    for row in rows:
+        assert (row["pass"], row["case"], row["dtype"]) == ("step", "vit_tiny_patch16_224 32px B2", "fp32")
+        assert row["images_per_second"] > 0
+        assert row["gflop_per_s"] > 0
+        assert row["peak_mb"] > 4 * 5.3 * 4  # weights, gradients and AdamW's averages of 5.3 million parameters
+
+
+def test_a_method_that_does_not_fit_is_an_error_only_when_asked_for(capsys):
+    assert throughput.main(["--model", "resnet18", "--methods", "mae", *TINY]) == 2
+    assert "mae" in capsys.readouterr().err
+    pairs = throughput._combinations([], ["resnet18"], (32, 32))
+    assert ("a2mim", "resnet18") in pairs
+    assert ("mae", "resnet18") not in pairs
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [(["--methods", "maee"], "mae"), (["--model", "vit_tny"], "vit_tny"), (["--batch_size", "1"], "1")],
+)
+def test_wrong_throughput_options_exit_2(arguments, named, capsys):
+    assert throughput.main([*arguments, "--device", "cpu"]) == 2
+    assert named in capsys.readouterr().err
+
+
+ROW = dict.fromkeys(KEYS) | {
+    "op": "random_mask", "case": "B64", "pass": "forward", "dtype": "fp32", "backend": "cpu", "ms": 0.5,
+    "baseline": "torch", "baseline_ms": 1.25, "ratio": 2.5, "peak_mb": 1.0, "baseline_peak_mb": 3.25,
+    "roofline": 0.42, "hardware": "a CPU", "torch": "2.13.0",
+}  # fmt: skip
+
+
+def test_tables_align_and_leave_out_empty_columns():
+    lines = table.plain([ROW, ROW | {"op": "longer_operation"}]).splitlines()
+    assert len(lines) == 4
+    assert len({line.index("B64") for line in lines[2:]}) == 1
+    assert "2.50x" in lines[2]
+    assert "42 %" in lines[2]
+    assert "img/s" not in lines[0]
+
+
+def test_markdown_says_what_measured_it(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([ROW, ROW | {"pass": "both"}]))
+    assert table.main([str(path), "--pass", "both"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("| random_mask |") == 1
+    assert "Measured on a CPU, torch 2.13.0." in out
+    assert table.main([str(tmp_path / "missing.json")]) == 2
+
+
+def test_a_table_is_put_into_a_page_again_and_again(tmp_path, capsys):
+    rows, page = tmp_path / "rows.json", tmp_path / "README.md"
+    rows.write_text(json.dumps([ROW]))
+    page.write_text("above\n<!-- begin cpu -->\nold\n<!-- end cpu -->\nbelow\n")
+    for _ in range(2):
+        assert table.main([str(rows), "--into", str(page), "--mark", "cpu"]) == 0
+    lines = page.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("above", "below")
+    assert "old" not in lines
+    assert sum("random_mask" in line for line in lines) == 1
+    assert table.main([str(rows), "--into", str(page), "--mark", "gpu"]) == 2
+    assert "<!-- begin gpu -->" in capsys.readouterr().err

@@ -1,0 +1,52 @@
+"""Real photographs for every test that needs a folder of images."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def photographs() -> "dict[str, Image.Image]":
+    """Six colour photographs of 300 to 640 pixels a side, by name."""
+    import skimage.data
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    pixels = {name: getattr(skimage.data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")}
+    pixels |= {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
+    return {name: Image.fromarray(values) for name, values in pixels.items()}
+
+
+def write_crops(folder: Path, photograph: "Image.Image", count: int, seed: int) -> None:
+    """`count` JPEGs, 160 x 120 or 120 x 160, each another part of the photograph."""
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        width, height = (160, 120) if number % 2 else (120, 160)
+        left = int(rng.integers(photograph.width - width + 1))
+        top = int(rng.integers(photograph.height - height + 1))
+        photograph.crop((left, top, left + width, top + height)).save(folder / f"{seed}_{number:02d}.jpg", quality=90)
+
+
+@pytest.fixture(scope="session")
+def jpeg_folder(photographs: "dict[str, Image.Image]", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A flat folder of 24 JPEGs. Shared by all tests: copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for seed, name in enumerate(sorted(photographs)):
+        write_crops(folder, photographs[name], count=4, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def class_folder(photographs: "dict[str, Image.Image]", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three class folders of 12 JPEGs, a class being the parts of one photograph. Shared: copy before changing."""
+    folder = tmp_path_factory.mktemp("classes")
+    for seed, name in enumerate(("chelsea", "coffee", "flower")):
+        write_crops(folder / name, photographs[name], count=12, seed=seed)
+    return folder

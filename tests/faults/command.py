@@ -1,0 +1,69 @@
+"""Runs of the real command on the digits, small enough for many of them, with faults injected."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TOTAL, EVERY = 12, 4
+
+_SETTINGS = {
+    "method": "mae",
+    "model": "vit_tiny_patch16_224",
+    "model.patch_size": 8,
+    "model.drop_path_rate": 0.2,
+    "model.kwargs": '{"depth": 2, "embed_dim": 48}',
+    "method.decoder_depth": 1,
+    "method.decoder_dim": 32,
+    "method.decoder_num_heads": 2,
+    "max_steps": TOTAL,
+    "batch_size": 16,
+    "seed": 3,
+    "data.workers": 0,
+    "optim.lr": 1e-3,
+    "optim.warmup_steps": 3,
+    "engine.checkpoint_every": EVERY,
+    "engine.device": "cpu",
+    "log.every": 1,
+    "log.tensorboard": "false",
+}
+
+
+def start(out: Path, *, inject: str = "", **settings: Any) -> "subprocess.Popen[str]":
+    """The training command; settings with __ for dots."""
+    merged = _SETTINGS | {key.replace("__", "."): value for key, value in settings.items()} | {"out": out}
+    arguments = [f"--{key}={value}" for key, value in merged.items() if value is not None]
+    environment = os.environ | {"FASTMIM_INJECT": inject, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastmim.train", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def train(out: Path, *, inject: str = "", **settings: Any) -> "subprocess.CompletedProcess[str]":
+    process = start(out, inject=inject, **settings)
+    try:
+        output, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on time."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines]
+
+
+def ending(out: Path) -> dict[str, Any]:
+    return json.loads((out / "exit.json").read_text())
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
