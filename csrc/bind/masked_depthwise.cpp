@@ -19,6 +19,7 @@ namespace {
 
 struct Room {
   std::unique_ptr<float[]> packed, partial, scratch;
+  std::unique_ptr<int32_t[]> places;
 };
 
 MaskedDepthwise describe(const DepthwiseShape& shape, std::uintptr_t neighbours, int element, int weight_element,
@@ -38,7 +39,8 @@ MaskedDepthwise describe(const DepthwiseShape& shape, std::uintptr_t neighbours,
   else
     room.packed.reset(new float[rows]);
   room.scratch.reset(new float[threads * depthwise_scratch(p)]);
-  p.packed = room.packed.get(), p.partial = room.partial.get(), p.scratch = room.scratch.get();
+  room.places.reset(new int32_t[2 * p.side * p.kernel]);
+  p.places = room.places.get(), p.packed = room.packed.get(), p.partial = room.partial.get(), p.scratch = room.scratch.get();
   return p;
 }
 

@@ -77,15 +77,23 @@ void write_rows(int element, void* data, int64_t channels, int64_t first, int64_
   }
 }
 
+// Sixteen channels from `from` on.
 template <typename T>
-void pack_channels(const MaskedDepthwise& p, const T* weight, const T* bias, bool flipped, int64_t from, int64_t to) {
+void pack_channels(const MaskedDepthwise& p, const T* weight, const T* bias, bool flipped, int64_t from) {
   const int64_t taps = p.kernel * p.kernel, padded = depthwise_padded(p);
+  const int64_t width = p.channels - from < 16 ? p.channels - from : 16;
+  weight += from * taps;
   for (int64_t tap = 0; tap < taps; ++tap) {
     const T* source = weight + (flipped ? taps - 1 - tap : tap);
-    for (int64_t c = from; c < to; ++c) p.packed[tap * padded + c] = c < p.channels ? to_float(source[c * taps]) : 0.0f;
+    float* to = p.packed + tap * padded + from;
+    if (width == 16) {
+      for (int c = 0; c < 16; ++c) to[c] = to_float(source[c * taps]);
+    } else {
+      for (int64_t c = 0; c < 16; ++c) to[c] = c < width ? to_float(source[c * taps]) : 0.0f;
+    }
   }
-  for (int64_t c = from; c < to; ++c)
-    p.packed[taps * padded + c] = bias != nullptr && c < p.channels ? to_float(bias[c]) : 0.0f;
+  float* to = p.packed + taps * padded + from;
+  for (int64_t c = 0; c < 16; ++c) to[c] = bias != nullptr && c < width ? to_float(bias[from + c]) : 0.0f;
 }
 
 // Weight and bias as [k * k + 1, padded C] in fp32. Called by all threads of a team.
@@ -93,16 +101,16 @@ void pack(const MaskedDepthwise& p, const void* bias, bool flipped) {
   const int64_t padded = depthwise_padded(p);
 #pragma omp for schedule(static)
   for (int64_t block = 0; block < padded / 16; ++block) {
-    const int64_t from = block * 16, to = from + 16;
+    const int64_t from = block * 16;
     switch (static_cast<Element>(p.weight_element)) {
       case Element::f32:
-        pack_channels(p, static_cast<const float*>(p.weight), static_cast<const float*>(bias), flipped, from, to);
+        pack_channels(p, static_cast<const float*>(p.weight), static_cast<const float*>(bias), flipped, from);
         break;
       case Element::bf16:
-        pack_channels(p, static_cast<const Bf16*>(p.weight), static_cast<const Bf16*>(bias), flipped, from, to);
+        pack_channels(p, static_cast<const Bf16*>(p.weight), static_cast<const Bf16*>(bias), flipped, from);
         break;
       case Element::f16:
-        pack_channels(p, static_cast<const F16*>(p.weight), static_cast<const F16*>(bias), flipped, from, to);
+        pack_channels(p, static_cast<const F16*>(p.weight), static_cast<const F16*>(bias), flipped, from);
         break;
     }
   }
@@ -114,25 +122,34 @@ struct Tap {
   int64_t tap, row;  // ky * k + kx; row of the other tensor within the image
 };
 
-// Forward: which input rows an output position reads (output iy = oy * s + ky - R). Transposed: which output rows an
-// input position went into. `side` is that of the other tensor's tiles.
+// Along one axis, where position i of a tile meets tap d: places[i * k + d] = (cell away, position in it), a cell
+// beyond the reach where they do not meet. Forward: an output reads input i * s + d - R. Transposed: an input went into
+// output (i + R - d) / s. `side` is that of the other tensor's tiles.
 template <bool Transposed>
+void find_places(const MaskedDepthwise& p, int64_t positions, int64_t side) {
+  const int64_t radius = p.kernel / 2, s = p.stride;
+  int32_t* to = p.places;
+  for (int64_t i = 0; i < positions; ++i)
+    for (int64_t d = 0; d < p.kernel; ++d, to += 2) {
+      const int64_t scaled = Transposed ? i + radius - d : i * s + d - radius;
+      const int64_t other = Transposed ? floor_div(scaled, s) : scaled, cell = floor_div(other, side);
+      to[0] = static_cast<int32_t>(Transposed && other * s != scaled ? kReach + 1 : cell);
+      to[1] = static_cast<int32_t>(other - cell * side);
+    }
+}
+
 int64_t taps_of(const MaskedDepthwise& p, const int32_t* near, int64_t y, int64_t x, int64_t side, Tap* list) {
-  const int64_t k = p.kernel, s = p.stride, radius = k / 2;
+  const int64_t k = p.kernel;
   int64_t found = 0;
+  const int32_t *up = p.places + 2 * y * k, *left = p.places + 2 * x * k;
   for (int64_t ky = 0; ky < k; ++ky) {
-    const int64_t up = Transposed ? y + radius - ky : y * s + ky - radius;
-    const int64_t row = Transposed ? floor_div(up, s) : up;
-    if (Transposed && row * s != up) continue;
-    const int64_t dr = floor_div(row, side);
+    if (up[2 * ky] > kReach) continue;
+    const int32_t* row = near + (up[2 * ky] + kReach) * kWindow + kReach;
     for (int64_t kx = 0; kx < k; ++kx) {
-      const int64_t left = Transposed ? x + radius - kx : x * s + kx - radius;
-      const int64_t column = Transposed ? floor_div(left, s) : left;
-      if (Transposed && column * s != left) continue;
-      const int64_t dc = floor_div(column, side);
-      const int64_t tile = near[(dr + kReach) * kWindow + dc + kReach];
-      if (tile < 0) continue;
-      list[found++] = {ky * k + kx, (tile * side + row - dr * side) * side + column - dc * side};
+      if (left[2 * kx] > kReach) continue;
+      const int64_t tile = row[left[2 * kx]];
+      list[found] = {ky * k + kx, (tile * side + up[2 * ky + 1]) * side + left[2 * kx + 1]};
+      found += tile >= 0;
     }
   }
   return found;
@@ -153,15 +170,14 @@ FASTMIM_INLINE void sum_taps(const Tap* list, int64_t count, const Rows& source,
   unroll<Blocks>([&](auto b) FASTMIM_INLINE_LAMBDA { store_vec(out + c + b * kWidth, sums[b]); });
 }
 
-template <bool Transposed>
 void tile_by_lists(const MaskedDepthwise& p, const int32_t* near, const Rows& source, int64_t source_side,
                    int64_t side, const float* weight, int64_t width, const Rows& out) {
   const int64_t padded = depthwise_padded(p);
   const float* bias = weight + p.kernel * p.kernel * padded;
-  Tap list[kWindow * kWindow];
+  Tap list[kWindow * kWindow + 1];
   for (int64_t y = 0; y < side; ++y)
     for (int64_t x = 0; x < side; ++x) {
-      const int64_t count = taps_of<Transposed>(p, near, y, x, source_side, list);
+      const int64_t count = taps_of(p, near, y, x, source_side, list);
       float* to = out.data + (y * side + x) * out.pitch;
       int64_t c = 0;
       for (; c + 8 * kWidth <= width; c += 8 * kWidth) sum_taps<8>(list, count, source, weight, padded, bias, c, to);
@@ -189,14 +205,16 @@ void find_pieces(const int32_t* near, int64_t side, const Rows& source, Pieces& 
   const int64_t across = side / S;
   pieces.pitch = across + 2 * reach;
   const float** to = pieces.at;
-  for (int64_t y = -radius; y < side + radius; ++y) {
-    const int64_t dr = floor_div(y, side);
-    for (int64_t q = -reach; q < across + reach; ++q) {
-      const int64_t dc = floor_div(q, across);
-      const int64_t tile = near[(dr + kReach) * kWindow + dc + kReach];
-      const int64_t row = (tile * side + y - dr * side) * side + (q - dc * across) * S;
-      *to++ = tile < 0 ? nullptr : source.data + row * source.pitch;
+  int64_t dr = -((radius + side - 1) / side), y = -radius - dr * side;
+  for (int64_t row = 0; row < side + 2 * radius; ++row) {
+    const int32_t* cells = near + (dr + kReach) * kWindow + kReach;
+    int64_t dc = -((reach + across - 1) / across), q = -reach - dc * across;
+    for (int64_t piece = 0; piece < across + 2 * reach; ++piece) {
+      const int64_t tile = cells[dc];
+      *to++ = tile < 0 ? nullptr : source.data + ((tile * side + y) * side + q * S) * source.pitch;
+      if (++q == across) q = 0, ++dc;
     }
+    if (++y == side) y = 0, ++dr;
   }
 }
 
@@ -259,8 +277,6 @@ void tile_by_rows(const MaskedDepthwise& p, const int32_t* near, const Rows& sou
   for (; c < width; c += kWidth) positions<S, K, 1>(pieces, p.side, source.pitch, c, weight, padded, out);
 }
 
-// Forward: source is x, rows are out. Transposed: source is the gradient of out, rows are the gradient of x.
-template <bool Transposed>
 void one_tile(const MaskedDepthwise& p, const int32_t* near, const Rows& source, int64_t source_side, int64_t side,
               const float* weight, int64_t width, const Rows& out) {
   if (by_rows(p)) {
@@ -279,16 +295,17 @@ void one_tile(const MaskedDepthwise& p, const int32_t* near, const Rows& source,
     }
 #undef FASTMIM_BY_ROWS
   }
-  tile_by_lists<Transposed>(p, near, source, source_side, side, weight, width, out);
+  tile_by_lists(p, near, source, source_side, side, weight, width, out);
 }
 
-// Correlation with the weights as they are (forward), or flipped, which is how gradients go back.
+// Forward: from x to out. Transposed: from the gradient of out to that of x.
 template <bool Transposed>
 void convolve(const MaskedDepthwise& p, const void* from, void* to) {
   const int64_t narrowed = p.side / p.stride, chunk = depthwise_chunk(p), pitch = depthwise_pitch(p);
   const int64_t source_side = Transposed ? narrowed : p.side, side = Transposed ? p.side : narrowed;
   const int64_t source_rows = p.count * source_side * source_side, rows = side * side;
   const int64_t chunks = (p.channels + chunk - 1) / chunk;
+  find_places<Transposed>(p, side, source_side);
 #pragma omp parallel
   {
     // A list names taps by the forward direction, rows of pieces by where they lie: those want flipped weights.
@@ -306,7 +323,7 @@ void convolve(const MaskedDepthwise& p, const void* from, void* to) {
         const int64_t tile = b * p.count + k;
         const Rows out = direct ? Rows{static_cast<float*>(to) + tile * rows * p.channels + channel, p.channels}
                                 : Rows{room + source_rows * pitch, pitch};
-        one_tile<Transposed>(p, p.neighbours + tile * kWindow * kWindow, source, source_side, side, p.packed + channel,
+        one_tile(p, p.neighbours + tile * kWindow * kWindow, source, source_side, side, p.packed + channel,
                              padded_width, out);
         if (!direct) write_rows(p.element, to, p.channels, tile * rows, rows, channel, width, out);
       }
@@ -320,10 +337,10 @@ void convolve(const MaskedDepthwise& p, const void* from, void* to) {
 void tile_gradient_by_lists(const MaskedDepthwise& p, const int32_t* near, const Rows& x, const Rows& gradient,
                             int64_t tile, int64_t width, const Rows& sums) {
   const int64_t side = p.side / p.stride, taps = p.kernel * p.kernel;
-  Tap list[kWindow * kWindow];
+  Tap list[kWindow * kWindow + 1];
   for (int64_t y = 0; y < side; ++y)
     for (int64_t column = 0; column < side; ++column) {
-      const int64_t count = taps_of<false>(p, near, y, column, p.side, list);
+      const int64_t count = taps_of(p, near, y, column, p.side, list);
       const float* from = gradient.data + ((tile * side + y) * side + column) * gradient.pitch;
       for (int64_t c = 0; c < width; c += kWidth) {
         const Vec g = load_vec(from + c);
@@ -457,6 +474,7 @@ void masked_depthwise_weight_gradient(const MaskedDepthwise& p) {
   const int64_t chunk = depthwise_chunk(p), pitch = depthwise_pitch(p), padded = depthwise_padded(p);
   const int64_t chunks = (p.channels + chunk - 1) / chunk, parts = depthwise_parts(p), taps = p.kernel * p.kernel;
   const int64_t side = p.side / p.stride, rows = p.count * p.side * p.side, out_rows = p.count * side * side;
+  find_places<false>(p, side, p.side);
 #pragma omp parallel
   {
     float* room = p.scratch + thread_index() * depthwise_scratch(p);

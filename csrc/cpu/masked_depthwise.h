@@ -21,22 +21,25 @@ struct MaskedDepthwise {
   void* x_gradient;        // [B, K, t, t, C]
   void* weight_gradient;   // [C, k, k]
   void* bias_gradient;     // [C] or null
+  int32_t* places;         // [t, k, 2] cell and position in it; see masked_depthwise.cpp
   float* packed;           // [k * k + 1, C rounded up to 16]: taps, then bias
   float* partial;          // [depthwise_parts(p), k * k + 1, C rounded up to 16]; weight gradient only
   float* scratch;          // [threads, depthwise_scratch(p)]
 };
 
 // Channels that one task handles: small tiles have little to do for each, so they take more at once.
-inline int64_t depthwise_chunk(const MaskedDepthwise& p) { return p.side <= 2 ? 256 : 64; }
+inline int64_t depthwise_chunk(const MaskedDepthwise& p) { return p.side <= 2 ? 128 : 64; }
 inline int64_t depthwise_padded(const MaskedDepthwise& p) { return (p.channels + 15) / 16 * 16; }
 // Distance between rows in scratch: an odd number of cache lines, so that the rows of a tile spread over the sets.
 inline int64_t depthwise_pitch(const MaskedDepthwise& p) { return depthwise_chunk(p) + 16; }
-// Ranges of images that the weight gradient adds up one after the other: enough tasks for many threads, but the
-// partial sums stay small. Depends on the shape alone.
+// Ranges of images that the weight gradient adds up one after the other: enough tasks for many threads, but few
+// partial sums beside the work that goes into them. Depends on the shape alone.
 inline int64_t depthwise_parts(const MaskedDepthwise& p) {
   const int64_t chunks = (p.channels + depthwise_chunk(p) - 1) / depthwise_chunk(p);
-  const int64_t wanted = 32 / chunks > 1 ? 32 / chunks : 1;
-  return wanted < p.batch ? wanted : p.batch;
+  int64_t parts = p.batch * p.count * p.side * p.side / (64 * p.stride * p.stride);
+  if (parts > 32 / chunks) parts = 32 / chunks;
+  if (parts > p.batch) parts = p.batch;
+  return parts > 1 ? parts : 1;
 }
 // Floats for one thread: the images' chunks of input and output, the sums of a weight gradient.
 inline int64_t depthwise_scratch(const MaskedDepthwise& p) {
