@@ -40,6 +40,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   fastmim::bind_frequency_loss(m);
   fastmim::bind_masked_patch_loss(m);
+  fastmim::bind_masked_dense(m);
   fastmim::bind_masked_depthwise(m);
   fastmim::bind_random_mask(m);
   fastmim::bind_tile_index(m);

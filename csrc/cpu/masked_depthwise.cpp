@@ -8,6 +8,7 @@
 #endif
 
 #include "cpu/element.h"
+#include "cpu/tile_places.h"
 #include "cpu/vec.h"
 
 namespace fastmim {
@@ -15,10 +16,7 @@ namespace FASTMIM_ISA {
 
 namespace {
 
-constexpr int64_t kReach = 3, kWindow = 7;  // of the neighbour table
-constexpr int64_t kLongestSide = 64;        // of tiles that the fast kernels take
-
-int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+constexpr int64_t kLongestSide = 64;  // of tiles that the fast kernels take
 
 int64_t thread_index() {
 #if defined(_OPENMP)
@@ -122,22 +120,6 @@ struct Tap {
   int64_t tap, row;  // ky * k + kx; row of the other tensor within the image
 };
 
-// Along one axis, where position i of a tile meets tap d: places[i * k + d] = (cell away, position in it), a cell
-// beyond the reach where they do not meet. Forward: an output reads input i * s + d - R. Transposed: an input went into
-// output (i + R - d) / s. `side` is that of the other tensor's tiles.
-template <bool Transposed>
-void find_places(const MaskedDepthwise& p, int64_t positions, int64_t side) {
-  const int64_t radius = p.kernel / 2, s = p.stride;
-  int32_t* to = p.places;
-  for (int64_t i = 0; i < positions; ++i)
-    for (int64_t d = 0; d < p.kernel; ++d, to += 2) {
-      const int64_t scaled = Transposed ? i + radius - d : i * s + d - radius;
-      const int64_t other = Transposed ? floor_div(scaled, s) : scaled, cell = floor_div(other, side);
-      to[0] = static_cast<int32_t>(Transposed && other * s != scaled ? kReach + 1 : cell);
-      to[1] = static_cast<int32_t>(other - cell * side);
-    }
-}
-
 int64_t taps_of(const MaskedDepthwise& p, const int32_t* near, int64_t y, int64_t x, int64_t side, Tap* list) {
   const int64_t k = p.kernel;
   int64_t found = 0;
@@ -174,7 +156,7 @@ void tile_by_lists(const MaskedDepthwise& p, const int32_t* near, const Rows& so
                    int64_t side, const float* weight, int64_t width, const Rows& out) {
   const int64_t padded = depthwise_padded(p);
   const float* bias = weight + p.kernel * p.kernel * padded;
-  Tap list[kWindow * kWindow + 1];
+  Tap list[kMostTaps + 1];
   for (int64_t y = 0; y < side; ++y)
     for (int64_t x = 0; x < side; ++x) {
       const int64_t count = taps_of(p, near, y, x, source_side, list);
@@ -305,7 +287,7 @@ void convolve(const MaskedDepthwise& p, const void* from, void* to) {
   const int64_t source_side = Transposed ? narrowed : p.side, side = Transposed ? p.side : narrowed;
   const int64_t source_rows = p.count * source_side * source_side, rows = side * side;
   const int64_t chunks = (p.channels + chunk - 1) / chunk;
-  find_places<Transposed>(p, side, source_side);
+  find_places(p.kernel, p.stride, Transposed, side, source_side, p.places);
 #pragma omp parallel
   {
     // A list names taps by the forward direction, rows of pieces by where they lie: those want flipped weights.
@@ -337,7 +319,7 @@ void convolve(const MaskedDepthwise& p, const void* from, void* to) {
 void tile_gradient_by_lists(const MaskedDepthwise& p, const int32_t* near, const Rows& x, const Rows& gradient,
                             int64_t tile, int64_t width, const Rows& sums) {
   const int64_t side = p.side / p.stride, taps = p.kernel * p.kernel;
-  Tap list[kWindow * kWindow + 1];
+  Tap list[kMostTaps + 1];
   for (int64_t y = 0; y < side; ++y)
     for (int64_t column = 0; column < side; ++column) {
       const int64_t count = taps_of(p, near, y, column, p.side, list);
@@ -474,7 +456,7 @@ void masked_depthwise_weight_gradient(const MaskedDepthwise& p) {
   const int64_t chunk = depthwise_chunk(p), pitch = depthwise_pitch(p), padded = depthwise_padded(p);
   const int64_t chunks = (p.channels + chunk - 1) / chunk, parts = depthwise_parts(p), taps = p.kernel * p.kernel;
   const int64_t side = p.side / p.stride, rows = p.count * p.side * p.side, out_rows = p.count * side * side;
-  find_places<false>(p, side, p.side);
+  find_places(p.kernel, p.stride, false, side, p.side, p.places);
 #pragma omp parallel
   {
     float* room = p.scratch + thread_index() * depthwise_scratch(p);

@@ -21,7 +21,7 @@ struct MaskedDepthwise {
   void* x_gradient;        // [B, K, t, t, C]
   void* weight_gradient;   // [C, k, k]
   void* bias_gradient;     // [C] or null
-  int32_t* places;         // [t, k, 2] cell and position in it; see masked_depthwise.cpp
+  int32_t* places;         // [t, k, 2] cell and position in it; see tile_places.h
   float* packed;           // [k * k + 1, C rounded up to 16]: taps, then bias
   float* partial;          // [depthwise_parts(p), k * k + 1, C rounded up to 16]; weight gradient only
   float* scratch;          // [threads, depthwise_scratch(p)]

@@ -21,7 +21,7 @@ DEPTHWISE_KERNELS = (3, 5, 7)
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/element.h numbers them
 _backends = {
     "masked_depthwise": Backends("masked_depthwise", cpu="masked_depthwise", dtypes={"cpu": ELEMENTS}),
-    "masked_dense": Backends("masked_dense", dtypes={"cpu": ELEMENTS}),
+    "masked_dense": Backends("masked_dense", cpu="masked_dense", dtypes={"cpu": ELEMENTS}),
 }
 
 
@@ -34,11 +34,6 @@ def masked_conv2d_ref(
     padding = weight.shape[-1] // 2
     dense = F.conv2d(scatter_tiles(x, tiles), weight.to(x.dtype), bias, stride, padding, groups=groups)
     return gather_tiles(dense, tiles)
-
-
-def _shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
-    """B, K, t, C, k, s, as the CPU kernels take it."""
-    return *x.shape[:3], x.shape[4], weight.shape[2], stride
 
 
 def _output(x: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -67,7 +62,7 @@ class _Family:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.depthwise = name, name == "masked_depthwise"
         define, implement = torch.library.define, torch.library.impl
         last = "Tensor neighbours, int stride, str backend"
         define(f"fastmim::{name}", f"(Tensor x, Tensor weight, Tensor? bias, {last}) -> Tensor")
@@ -87,13 +82,18 @@ class _Family:
             torch.library.register_fake(f"fastmim::{op}")(fake)
         torch.library.register_autograd(f"fastmim::{name}", self.differentiate, setup_context=self.save)
 
+    def shape(self, x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
+        """B, K, t, C, (O,) k, s, as the CPU kernels take it."""
+        channels = (x.shape[4],) if self.depthwise else (x.shape[4], weight.shape[0])
+        return *x.shape[:3], *channels, weight.shape[2], stride
+
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, stride: int, backend: str
     ) -> Tensor:
         x, weight, out = x.contiguous(), weight.contiguous(), _output(x, weight, stride)
         bias = None if bias is None else bias.to(weight.dtype).contiguous()
         getattr(compiled(), self.name)(
-            _shape(x, weight, stride),
+            self.shape(x, weight, stride),
             neighbours.data_ptr(),
             *_elements(x, weight),
             x.data_ptr(),
@@ -107,7 +107,7 @@ class _Family:
         gradient, weight = gradient.contiguous(), weight.contiguous()
         x_gradient = self.fake_input_gradient(gradient, weight, neighbours, stride, backend)
         getattr(compiled(), f"{self.name}_input_gradient")(
-            _shape(x_gradient, weight, stride),
+            self.shape(x_gradient, weight, stride),
             neighbours.data_ptr(),
             *_elements(gradient, weight),
             gradient.data_ptr(),
@@ -129,7 +129,7 @@ class _Family:
         gradient, x = gradient.contiguous(), x.contiguous()
         weight_gradient, bias_gradient = self.fake_weight_gradient(gradient, x, weight, neighbours, stride, with_bias)
         getattr(compiled(), f"{self.name}_weight_gradient")(
-            _shape(x, weight, stride),
+            self.shape(x, weight, stride),
             neighbours.data_ptr(),
             *_elements(x, weight),
             gradient.data_ptr(),
@@ -145,10 +145,11 @@ class _Family:
     ) -> Tensor:
         return _output(x, weight, stride)
 
-    @staticmethod
-    def fake_input_gradient(gradient: Tensor, weight: Tensor, neighbours: Tensor, stride: int, backend: str) -> Tensor:
-        batch, count, side, _, out_channels = gradient.shape
-        channels = out_channels if weight.shape[1] == 1 and weight.shape[0] == out_channels else weight.shape[1]
+    def fake_input_gradient(
+        self, gradient: Tensor, weight: Tensor, neighbours: Tensor, stride: int, backend: str
+    ) -> Tensor:
+        batch, count, side, _, _ = gradient.shape
+        channels = weight.shape[0 if self.depthwise else 1]
         return gradient.new_empty((batch, count, side * stride, side * stride, channels))
 
     @staticmethod

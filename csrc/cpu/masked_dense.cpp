@@ -1,0 +1,402 @@
+// Dense convolution over tiles as matrix products: for every tap, the rows of the input that it joins to rows of the
+// output, and nothing else, go through a register-tiled product. A masked neighbour joins nothing.
+#include "cpu/masked_dense.h"
+
+#include <string.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "cpu/element.h"
+#include "cpu/tile_places.h"
+#include "cpu/vec.h"
+
+namespace fastmim {
+namespace FASTMIM_ISA {
+
+namespace {
+
+constexpr int kRows = 6;                           // of the register tile
+constexpr int kColumns = kRegisters > 16 ? 4 : 2;  // registers across it: 24 (12) sums, a row of weights, one value
+constexpr int64_t kBlock = kColumns * kWidth;      // columns that one task handles
+constexpr int64_t kDepth = 128;                    // of a product before its sums go back to memory
+
+struct Pair {
+  int64_t from, to;  // row of the source tensor; row within the block of results
+};
+
+int64_t thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows of channels in fp32.
+struct Rows {
+  const float* data;
+  int64_t pitch;
+};
+
+template <typename T>
+void widen(const T* from, int64_t rows, int64_t channels, float* to, int64_t pitch) {
+#pragma omp for schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < channels; ++c) to[r * pitch + c] = to_float(from[r * channels + c]);
+    for (int64_t c = channels; c < pitch; ++c) to[r * pitch + c] = 0.0f;
+  }
+}
+
+// The tensor [rows, channels] itself, or its copy in `room` with rows of `pitch`. Called by all threads of a team.
+Rows read_rows(int element, const void* data, int64_t rows, int64_t channels, int64_t pitch, float* room) {
+  switch (static_cast<Element>(element)) {
+    case Element::f32:
+      if (pitch == channels) return {static_cast<const float*>(data), channels};
+      widen(static_cast<const float*>(data), rows, channels, room, pitch);
+      break;
+    case Element::bf16: widen(static_cast<const Bf16*>(data), rows, channels, room, pitch); break;
+    case Element::f16: widen(static_cast<const F16*>(data), rows, channels, room, pitch); break;
+  }
+  return {room, pitch};
+}
+
+// How rows of a result meet rows of its source, tap by tap.
+struct Join {
+  const MaskedDense& p;
+  int64_t side, source_side;  // of tiles of the result, of the source
+
+  int64_t rows() const { return side * side; }
+
+  // The pairs that tap (ky, kx) joins, for tiles [first, last) counted over the whole batch.
+  int64_t pairs(int64_t first, int64_t last, int64_t ky, int64_t kx, Pair* to) const {
+    Pair* const begin = to;
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int32_t* near = p.neighbours + tile * kWindow * kWindow;
+      const int64_t image = tile / p.count * p.count, result = (tile - first) * side * side;
+      for (int64_t y = 0; y < side; ++y) {
+        const int32_t* up = p.places + 2 * (y * p.kernel + ky);
+        if (up[0] > kReach) continue;
+        const int32_t* cells = near + (up[0] + kReach) * kWindow + kReach;
+        for (int64_t x = 0; x < side; ++x) {
+          const int32_t* left = p.places + 2 * (x * p.kernel + kx);
+          if (left[0] > kReach) continue;
+          const int64_t other = cells[left[0]];
+          *to = {((image + other) * source_side + up[1]) * source_side + left[1], result + y * side + x};
+          to += other >= 0;
+        }
+      }
+    }
+    return to - begin;
+  }
+};
+
+// M rows of the source times `depth` rows of weights, added to M rows of the result; N registers across.
+template <int M, int N>
+void multiply(const Pair* pairs, const Rows& source, int64_t channel, int64_t depth, const float* weight,
+              int64_t weight_pitch, float* result, int64_t pitch) {
+  const float* from[M];
+  Vec sums[M][N];
+  unroll<M>([&](auto m) FASTMIM_INLINE_LAMBDA {
+    from[m] = source.data + pairs[m].from * source.pitch + channel;
+    unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA {
+      sums[m][n] = load_vec(result + pairs[m].to * pitch + n * kWidth);
+    });
+  });
+  for (int64_t d = 0; d < depth; ++d, weight += weight_pitch) {
+    Vec w[N];
+    unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA { w[n] = load_vec(weight + n * kWidth); });
+    unroll<M>([&](auto m) FASTMIM_INLINE_LAMBDA {
+      const Vec x = Vec{} + from[m][d];
+      unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA { sums[m][n] += x * w[n]; });
+    });
+  }
+  unroll<M>([&](auto m) FASTMIM_INLINE_LAMBDA {
+    unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA {
+      store_vec(result + pairs[m].to * pitch + n * kWidth, sums[m][n]);
+    });
+  });
+}
+
+// M channels of x times N registers of gradient, summed over pairs: `from` is a row of x, `to` one of the gradient.
+template <int M, int N>
+void multiply_transposed(const Pair* pairs, int64_t count, const Rows& x, int64_t channel, const Rows& gradient,
+                         int64_t column, float* result, int64_t pitch) {
+  Vec sums[M][N];
+  unroll<M>([&](auto m) FASTMIM_INLINE_LAMBDA {
+    unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA { sums[m][n] = load_vec(result + m * pitch + n * kWidth); });
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    const float* from = x.data + pairs[i].from * x.pitch + channel;
+    const float* to = gradient.data + pairs[i].to * gradient.pitch + column;
+    Vec g[N];
+    unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA { g[n] = load_vec(to + n * kWidth); });
+    unroll<M>([&](auto m) FASTMIM_INLINE_LAMBDA {
+      const Vec value = Vec{} + from[m];
+      unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA { sums[m][n] += value * g[n]; });
+    });
+  }
+  unroll<M>([&](auto m) FASTMIM_INLINE_LAMBDA {
+    unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA { store_vec(result + m * pitch + n * kWidth, sums[m][n]); });
+  });
+}
+
+// f(Index<M>, Index<N>) for a register tile of m rows and n registers.
+template <typename F, int M = kRows, int N = kColumns>
+FASTMIM_INLINE void with_tile(int64_t m, int64_t n, const F& f) {
+  if constexpr (N > 1) {
+    if (n < N) return with_tile<F, M, N - 1>(m, n, f);
+  }
+  if constexpr (M > 1) {
+    if (m < M) return with_tile<F, M - 1, N>(m, n, f);
+  }
+  f(Index<M>(), Index<N>());
+}
+
+// Splits `count` into pieces of at most kRows that differ by one at most: f(begin, size).
+template <typename F>
+FASTMIM_INLINE void in_even_pieces(int64_t count, const F& f) {
+  const int64_t pieces = (count + kRows - 1) / kRows;
+  for (int64_t i = 0, begin = 0; i < pieces; ++i) {
+    const int64_t end = count * (i + 1) / pieces;
+    f(begin, end - begin);
+    begin = end;
+  }
+}
+
+// Adds source rows times weight [depth, width] to the rows that they are joined to.
+void product(const Pair* pairs, int64_t count, const Rows& source, int64_t depth, const float* weight, int64_t width,
+             float* result, int64_t pitch) {
+  for (int64_t d = 0; d < depth; d += kDepth)
+    in_even_pieces(count, [&](int64_t begin, int64_t size) FASTMIM_INLINE_LAMBDA {
+      with_tile(size, width / kWidth, [&](auto m, auto n) FASTMIM_INLINE_LAMBDA {
+        multiply<decltype(m)::value, decltype(n)::value>(pairs + begin, source, d, least(kDepth, depth - d),
+                                                         weight + d * width, width, result, pitch);
+      });
+    });
+}
+
+// Rows of tiles [first, last) as patches [rows, k * k * C], zero where a tap meets nothing.
+void copy_patches(const Join& join, int64_t first, int64_t last, const Rows& x, Pair* pairs, float* to) {
+  const int64_t channels = join.p.in_channels, k = join.p.kernel, depth = k * k * channels;
+  memset(to, 0, static_cast<size_t>((last - first) * join.rows() * depth) * sizeof(float));
+  for (int64_t tap = 0; tap < k * k; ++tap) {
+    const int64_t count = join.pairs(first, last, tap / k, tap % k, pairs);
+    for (int64_t i = 0; i < count; ++i) {
+      const float* from = x.data + pairs[i].from * x.pitch;
+      float* row = to + pairs[i].to * depth + tap * channels;
+      for (int64_t c = 0; c < channels; ++c) row[c] = from[c];
+    }
+  }
+}
+
+int64_t pair_rows(int64_t rows, int64_t first, Pair* to) {
+  for (int64_t r = 0; r < rows; ++r) to[r] = {r, first + r};
+  return rows;
+}
+
+// One block of columns of the weights as [k * k, depth, width] with zeros beyond the last channel.
+// Forward: depth is C, columns are O. Transposed: depth is O, columns are C.
+template <typename T>
+void pack_block(const MaskedDense& p, const T* weight, bool transposed, int64_t column, int64_t width, int64_t from,
+                int64_t to, float* packed) {
+  const int64_t taps = p.kernel * p.kernel, inner = p.in_channels * taps;
+  const int64_t columns = transposed ? p.in_channels : p.out_channels, depth = transposed ? p.out_channels : p.in_channels;
+  const int64_t valid = least(width, columns - column);
+  for (int64_t d = from; d < to; ++d) {
+    const T* source = transposed ? weight + d * inner + column * taps : weight + column * inner + d * taps;
+    const int64_t step = transposed ? taps : inner;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      float* row = packed + (tap * depth + d) * width;
+      for (int64_t c = 0; c < valid; ++c) row[c] = to_float(source[c * step + tap]);
+      for (int64_t c = valid; c < width; ++c) row[c] = 0.0f;
+    }
+  }
+}
+
+// All blocks of columns, one after the other. Called by all threads of a team.
+void pack(const MaskedDense& p, bool transposed) {
+  const int64_t columns = transposed ? p.in_channels : p.out_channels, depth = transposed ? p.out_channels : p.in_channels;
+  const int64_t padded = dense_padded(columns), blocks = (padded + kBlock - 1) / kBlock, pieces = (depth + 15) / 16;
+#pragma omp for schedule(static)
+  for (int64_t task = 0; task < blocks * pieces; ++task) {
+    const int64_t column = task / pieces * kBlock, width = least(kBlock, padded - column);
+    const int64_t from = task % pieces * 16, to = least(from + 16, depth);
+    float* packed = p.packed + p.kernel * p.kernel * depth * column;
+    switch (static_cast<Element>(p.weight_element)) {
+      case Element::f32:
+        pack_block(p, static_cast<const float*>(p.weight), transposed, column, width, from, to, packed);
+        break;
+      case Element::bf16:
+        pack_block(p, static_cast<const Bf16*>(p.weight), transposed, column, width, from, to, packed);
+        break;
+      case Element::f16:
+        pack_block(p, static_cast<const F16*>(p.weight), transposed, column, width, from, to, packed);
+        break;
+    }
+  }
+}
+
+float value_at(int element, const void* data, int64_t i) {
+  switch (static_cast<Element>(element)) {
+    case Element::bf16: return to_float(static_cast<const Bf16*>(data)[i]);
+    case Element::f16: return to_float(static_cast<const F16*>(data)[i]);
+    default: return static_cast<const float*>(data)[i];
+  }
+}
+
+template <typename T>
+void write_block(const float* from, int64_t rows, int64_t pitch, int64_t width, T* to, int64_t to_pitch) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < width; ++c) from_float(from[r * pitch + c], to + r * to_pitch + c);
+}
+
+// `rows` rows of one block of columns into a tensor [..., channels], in its type.
+void write_rows(int element, const float* from, int64_t rows, int64_t pitch, int64_t width, void* to, int64_t first,
+                int64_t channels, int64_t column) {
+  const int64_t at = first * channels + column;
+  switch (static_cast<Element>(element)) {
+    case Element::f32: write_block(from, rows, pitch, width, static_cast<float*>(to) + at, channels); break;
+    case Element::bf16: write_block(from, rows, pitch, width, static_cast<Bf16*>(to) + at, channels); break;
+    case Element::f16: write_block(from, rows, pitch, width, static_cast<F16*>(to) + at, channels); break;
+  }
+}
+
+// Forward: x to out. Transposed: the gradient of out to that of x.
+template <bool Transposed>
+void convolve(const MaskedDense& p, const void* from, void* to) {
+  const int64_t narrowed = p.side / p.stride, tiles = p.batch * p.count, taps = p.kernel * p.kernel;
+  const Join join = {p, Transposed ? p.side : narrowed, Transposed ? narrowed : p.side};
+  const int64_t columns = Transposed ? p.in_channels : p.out_channels;
+  const int64_t depth = Transposed ? p.out_channels : p.in_channels;
+  const int64_t padded = dense_padded(columns), per_task = dense_tiles(join.side);
+  const int64_t row_tasks = (tiles + per_task - 1) / per_task, column_tasks = (padded + kBlock - 1) / kBlock;
+  const bool patches = !Transposed && dense_in_patches(p);
+  find_places(p.kernel, p.stride, Transposed, join.side, join.source_side, p.places);
+#pragma omp parallel
+  {
+    pack(p, Transposed);
+    const Rows source = read_rows(p.element, from, tiles * join.source_side * join.source_side, depth, depth,
+                                  Transposed ? p.wide_out : p.wide_x);
+    char* room = p.scratch + thread_index() * dense_scratch(p);
+    Pair* pairs = reinterpret_cast<Pair*>(room);
+    float* result = reinterpret_cast<float*>(pairs + dense_max(kDenseRows, p.side * p.side));
+    float* copies = result + dense_max(kDenseRows, p.side * p.side) * 64;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < row_tasks * column_tasks; ++task) {
+      const int64_t first = task % row_tasks * per_task, last = least(first + per_task, tiles);
+      const int64_t column = task / row_tasks * kBlock, width = least(kBlock, padded - column);
+      const int64_t rows = (last - first) * join.rows(), valid = least(width, columns - column);
+      float start[kBlock] = {};
+      if (!Transposed && p.bias != nullptr)
+        for (int64_t c = 0; c < valid; ++c) start[c] = value_at(p.weight_element, p.bias, column + c);
+      for (int64_t r = 0; r < rows; ++r) memcpy(result + r * width, start, static_cast<size_t>(width) * sizeof(float));
+      const float* weight = p.packed + taps * depth * column;
+      if (patches) {
+        copy_patches(join, first, last, source, pairs, copies);
+        product(pairs, pair_rows(rows, 0, pairs), {copies, taps * depth}, taps * depth, weight, width, result, width);
+      } else {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t count = join.pairs(first, last, tap / p.kernel, tap % p.kernel, pairs);
+          product(pairs, count, source, depth, weight + tap * depth * width, width, result, width);
+        }
+      }
+      write_rows(p.element, result, rows, width, valid, to, first * join.rows(), columns, column);
+    }
+  }
+}
+
+template <typename T>
+void sum_parts(const MaskedDense& p, int64_t parts, int64_t channel, T* weight, T* bias) {
+  const int64_t taps = p.kernel * p.kernel, padded = dense_padded(p.out_channels), depth = taps * p.in_channels;
+  const int64_t valid = least(16, p.out_channels - channel);
+  for (int64_t d = 0; d <= depth; ++d) {
+    float sums[16] = {};
+    for (int64_t part = 0; part < parts; ++part) {
+      const float* from = p.partial + (part * (depth + 1) + d) * padded + channel;
+      for (int c = 0; c < 16; ++c) sums[c] += from[c];
+    }
+    if (d == depth) {
+      for (int64_t c = 0; bias != nullptr && c < valid; ++c) from_float(sums[c], bias + channel + c);
+    } else {  // row d is tap d / C, channel d % C
+      T* to = weight + channel * depth + d % p.in_channels * taps + d / p.in_channels;
+      for (int64_t c = 0; c < valid; ++c) from_float(sums[c], to + c * depth);
+    }
+  }
+}
+
+}  // namespace
+
+void masked_dense(const MaskedDense& p) { convolve<false>(p, p.x, p.out); }
+
+void masked_dense_input_gradient(const MaskedDense& p) { convolve<true>(p, p.out, p.x_gradient); }
+
+void masked_dense_weight_gradient(const MaskedDense& p) {
+  const Join join = {p, p.side / p.stride, p.side};
+  const int64_t tiles = p.batch * p.count, taps = p.kernel * p.kernel, padded = dense_padded(p.out_channels);
+  const int64_t parts = dense_parts(p), per_block = dense_tiles(join.side), blocks = (tiles + per_block - 1) / per_block;
+  const bool patches = dense_in_patches(p);
+  const int64_t column_tasks = (padded + kBlock - 1) / kBlock, tap_tasks = patches ? 1 : taps;
+  const int64_t depth = patches ? taps * p.in_channels : p.in_channels;
+  find_places(p.kernel, p.stride, false, join.side, join.source_side, p.places);
+#pragma omp parallel
+  {
+    const Rows x = read_rows(p.element, p.x, tiles * p.side * p.side, p.in_channels, p.in_channels, p.wide_x);
+    const Rows gradient = read_rows(p.element, p.out, tiles * join.rows(), p.out_channels, padded, p.wide_out);
+    char* room = p.scratch + thread_index() * dense_scratch(p);
+    Pair* pairs = reinterpret_cast<Pair*>(room);
+    float* copies = reinterpret_cast<float*>(pairs + dense_max(kDenseRows, p.side * p.side));
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < parts * tap_tasks * column_tasks; ++task) {
+      const int64_t part = task / (tap_tasks * column_tasks), tap = task / column_tasks % tap_tasks;
+      const int64_t column = task % column_tasks * kBlock, width = least(kBlock, padded - column);
+      float* sums = p.partial + part * (taps * p.in_channels + 1) * padded + column;
+      float* bias = sums + taps * p.in_channels * padded;
+      sums += tap * p.in_channels * padded;
+      for (int64_t d = 0; d < depth; ++d) memset(sums + d * padded, 0, static_cast<size_t>(width) * sizeof(float));
+      if (tap == 0) memset(bias, 0, static_cast<size_t>(width) * sizeof(float));
+      for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
+        const int64_t first = block * per_block, last = least(first + per_block, tiles);
+        const int64_t rows = (last - first) * join.rows();
+        const Rows here = {gradient.data + first * join.rows() * padded, padded};
+        if (tap == 0)
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = 0; c < width; ++c) bias[c] += here.data[r * padded + column + c];
+        Rows source = x;
+        int64_t count;
+        if (patches) {
+          copy_patches(join, first, last, x, pairs, copies);
+          source = {copies, depth};
+          count = pair_rows(rows, 0, pairs);
+        } else {
+          count = join.pairs(first, last, tap / p.kernel, tap % p.kernel, pairs);
+        }
+        in_even_pieces(depth, [&](int64_t begin, int64_t size) FASTMIM_INLINE_LAMBDA {
+          with_tile(size, width / kWidth, [&](auto m, auto n) FASTMIM_INLINE_LAMBDA {
+            multiply_transposed<decltype(m)::value, decltype(n)::value>(pairs, count, source, begin, here, column,
+                                                                        sums + begin * padded, padded);
+          });
+        });
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < padded / 16; ++block) {
+      switch (static_cast<Element>(p.weight_element)) {
+        case Element::f32:
+          sum_parts(p, parts, block * 16, static_cast<float*>(p.weight_gradient), static_cast<float*>(p.bias_gradient));
+          break;
+        case Element::bf16:
+          sum_parts(p, parts, block * 16, static_cast<Bf16*>(p.weight_gradient), static_cast<Bf16*>(p.bias_gradient));
+          break;
+        case Element::f16:
+          sum_parts(p, parts, block * 16, static_cast<F16*>(p.weight_gradient), static_cast<F16*>(p.bias_gradient));
+          break;
+      }
+    }
+  }
+}
+
+}  // namespace FASTMIM_ISA
+}  // namespace fastmim
