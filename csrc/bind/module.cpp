@@ -42,6 +42,9 @@ PYBIND11_MODULE(_C, m) {
   fastmim::bind_masked_patch_loss(m);
   fastmim::bind_masked_dense(m);
   fastmim::bind_masked_depthwise(m);
+#if defined(FASTMIM_CUDA_BUILD)
+  fastmim::bind_masked_depthwise_cuda(m);
+#endif
   fastmim::bind_random_mask(m);
   fastmim::bind_tile_index(m);
 }

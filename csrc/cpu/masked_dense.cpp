@@ -204,7 +204,7 @@ void pack_block(const MaskedDense& p, const T* weight, bool transposed, int64_t 
                 int64_t to, float* packed) {
   const int64_t taps = p.kernel * p.kernel, inner = p.in_channels * taps;
   const int64_t columns = transposed ? p.in_channels : p.out_channels, depth = transposed ? p.out_channels : p.in_channels;
-  const int64_t valid = least(width, columns - column);
+  const int64_t valid = column < columns ? least(width, columns - column) : 0;
   for (int64_t d = from; d < to; ++d) {
     const T* source = transposed ? weight + d * inner + column * taps : weight + column * inner + d * taps;
     const int64_t step = transposed ? taps : inner;
@@ -288,7 +288,8 @@ void convolve(const MaskedDense& p, const void* from, void* to) {
     for (int64_t task = 0; task < row_tasks * column_tasks; ++task) {
       const int64_t first = task % row_tasks * per_task, last = least(first + per_task, tiles);
       const int64_t column = task / row_tasks * kBlock, width = least(kBlock, padded - column);
-      const int64_t rows = (last - first) * join.rows(), valid = least(width, columns - column);
+      const int64_t rows = (last - first) * join.rows();
+      const int64_t valid = column < columns ? least(width, columns - column) : 0;  // a narrow block may be padding only
       float start[kBlock] = {};
       if (!Transposed && p.bias != nullptr)
         for (int64_t c = 0; c < valid; ++c) start[c] = value_at(p.weight_element, p.bias, column + c);

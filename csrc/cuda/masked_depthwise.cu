@@ -340,7 +340,7 @@ weight_gradient_rows(Deal d, int parts,
 }
 
 template <typename T, int K, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
 weight_gradient_positions(Deal d, int parts,
                           const int32_t* __restrict__ neighbours,  // [B, K, 7, 7]
                           const T* __restrict__ x,                 // [B, K, t, t, C]
