@@ -1,0 +1,29 @@
+"""Drop-in layers that compute only what is visible, and the conversion of whole CNNs.
+
+Every masked layer is called as layer(x, tiles): x is tiles [B, K, t, t, C] (B images, K visible cells, t tile side, C
+channels), `tiles` a `fastmim.ops.TileIndex`.
+"""
+
+from fastmim.layers.masked_batch_norm import MaskedBatchNorm2d
+from fastmim.layers.masked_conv import MaskedConv2d
+from fastmim.layers.masked_grn import MaskedGRN
+from fastmim.layers.masked_norm import MaskedGroupNorm, MaskedLayerNorm2d
+from fastmim.layers.masked_pool import MaskedAdaptiveAvgPool2d, MaskedAvgPool2d, MaskedMaxPool2d
+from fastmim.layers.masked_squeeze_excite import MaskedSqueezeExcite
+from fastmim.layers.sparsify import SparseModule, TileOutput, sparsify, stage_names
+
+__all__ = [
+    "MaskedAdaptiveAvgPool2d",
+    "MaskedAvgPool2d",
+    "MaskedBatchNorm2d",
+    "MaskedConv2d",
+    "MaskedGRN",
+    "MaskedGroupNorm",
+    "MaskedLayerNorm2d",
+    "MaskedMaxPool2d",
+    "MaskedSqueezeExcite",
+    "SparseModule",
+    "TileOutput",
+    "sparsify",
+    "stage_names",
+]
