@@ -94,7 +94,7 @@ class MaskedAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     def why_not(layer: nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d) -> str:
         """Empty when this pooling can run on tiles, else the reason."""
         size = layer.output_size
-        return "" if size == 1 or tuple(size) == (1, 1) else f"output_size is {size}, only 1 is supported"
+        return "" if size in (1, (1, 1), [1, 1]) else f"output_size is {size}, only 1 is supported"
 
     def forward(self, x: Tensor, tiles: TileIndex) -> Tensor:  # type: ignore[override]
         """[B, K, t, t, C] -> [B, 1, 1, 1, C], one position an image; `.flatten(1)` gives [B, C]."""

@@ -21,12 +21,13 @@ from fastmim.ops import masked_avg_pool2d, masked_max_pool2d
 
 __all__ = ["POINTWISE", "RULES", "pointwise"]
 
-POINTWISE = frozenset(
-    """abs add addcdiv addcmul bfloat16 celu clamp clamp_max clamp_min clone cos detach div dropout elu eq erf exp
-    float ge gelu gt half hardsigmoid hardswish hardtanh le leaky_relu lerp log log1p logical_not lt maximum minimum
-    mish mul ne neg pow reciprocal relu relu6 rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tanh to
-    true_divide truediv type_as where""".split()
-)
+_POINTWISE = """
+    abs add addcdiv addcmul bfloat16 celu clamp clamp_max clamp_min clone cos detach div dropout elu eq erf exp float
+    ge gelu gt half hardsigmoid hardswish hardtanh le leaky_relu lerp log log1p logical_not lt maximum minimum mish mul
+    ne neg pow reciprocal relu relu6 rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tanh to true_divide
+    truediv type_as where
+"""
+POINTWISE = frozenset(_POINTWISE.split())
 
 
 def pointwise(tracer: Any, kind: str, target: Any, args: Any, kwargs: Any) -> TracedValue:
@@ -44,8 +45,8 @@ def pointwise(tracer: Any, kind: str, target: Any, args: Any, kwargs: Any) -> Tr
 
     kwargs = {key: value for key, value in kwargs.items() if key != "memory_format"}
     args, kwargs = fx.node.map_aggregate((tuple(args), kwargs), on_tiles)
-    channels = [other.channels for other in maps]
-    result = (full or maps)[0].but(channels=None if None in channels else max(channels))
+    channels = None if any(other.channels is None for other in maps) else max(other.channels or 0 for other in maps)
+    result = (full or maps)[0].but(channels=channels)
     return tracer.emit(kind, target, args, kwargs, result)
 
 
@@ -268,15 +269,12 @@ def _pool(tracer: Any, x: TracedValue, function: Callable[..., Any], layer: Any,
 
 
 def _cat(tracer: Any, tensors: Any, dim: int = 0) -> TracedValue:
-    kinds = [value.kind for value in values_in(tensors)]
+    kinds = [_map(value) for value in tensors]
     first = kinds[0]
-    if len(kinds) != len(tensors) or not isinstance(first, Map) or not all(isinstance(kind, Map) for kind in kinds):
-        raise Refused("it joins maps with other tensors")
     if dim % 4 != first.channel or len({kind.but(channels=0) for kind in kinds}) > 1:
         raise Refused("only maps of one size and layout can be joined, by their channels")
-    channels = [kind.channels for kind in kinds]
-    result = first.but(channels=None if None in channels else sum(channels))
-    return tracer.emit("call_function", torch.cat, (tensors, -1), {}, result)
+    channels = None if any(kind.channels is None for kind in kinds) else sum(kind.channels or 0 for kind in kinds)
+    return tracer.emit("call_function", torch.cat, (tensors, -1), {}, first.but(channels=channels))
 
 
 def _getattr(tracer: Any, x: TracedValue, name: str) -> TracedValue:

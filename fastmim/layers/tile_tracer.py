@@ -4,6 +4,7 @@ Legend: B batch, K visible cells, t tile side, C channels, H W map.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -77,10 +78,8 @@ class TileTracer(fx.Tracer):
         self.tiles = self.emit("placeholder", "tiles", (), {}, Plain())
 
         def forward(root: nn.Module, x: TracedValue) -> Any:
-            try:
+            with suppress(_AllReached):
                 result = root_fn(root, x)
-            except _AllReached:
-                pass
             if self._outputs is None:
                 return fx.node.map_aggregate(result, self._as_output)
             if missing := [name for name in self._outputs if name not in self._reached]:
@@ -244,15 +243,16 @@ def _step(layer: Any) -> int:
 
 def _example(kind: str, target: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     """What comes out for shapes, when those of all inputs are known."""
-    kinds = [value.kind for value in values_in(args, kwargs)]
-    if not all(isinstance(known, Plain) and known.example is not None for known in kinds):
-        return None
 
     def concrete(value: Any) -> Any:
-        return value.kind.example if isinstance(value, TracedValue) else value
+        if not isinstance(value, TracedValue):
+            return value
+        if not isinstance(value.kind, Plain) or value.kind.example is None:
+            raise LookupError
+        return value.kind.example
 
-    args, kwargs = fx.node.map_aggregate((tuple(args), dict(kwargs)), concrete)
     try:
+        args, kwargs = fx.node.map_aggregate((tuple(args), dict(kwargs)), concrete)
         with torch.no_grad():
             result = getattr(args[0], target)(*args[1:], **kwargs) if kind == "call_method" else target(*args, **kwargs)
     except Exception:  # the shape stays unknown; whoever needs it says so
