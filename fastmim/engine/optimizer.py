@@ -1,4 +1,4 @@
-"""AdamW over correctly grouped parameters, with a learning rate that a captured step can change."""
+"""AdamW and LAMB over correctly grouped parameters, with a learning rate that a captured step can change."""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.engine.checkpoint import check_fits
+from fastmim.engine.lamb import create_lamb
 from fastmim.engine.settings import OptimConfig
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "optimizer_state",
     "parameter_groups",
     "set_lr",
+    "set_weight_decay",
 ]
 
 
@@ -25,7 +27,7 @@ def parameter_groups(
     """Trained parameters grouped by (decayed or not, learning-rate scale), in the order of the method.
 
     Not decayed: biases, parameters with at most one dimension (norms, LayerScale), names in `no_decay`.
-    Each group has "params", "names", "weight_decay" and "lr_scale".
+    Each group has "params", "names", "weight_decay", "decays" (is it of the decayed?) and "lr_scale".
 
     Raises:
         ValueError: `lr_scales` names a parameter that is not there, or there is nothing to train.
@@ -42,7 +44,7 @@ def parameter_groups(
         decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in no_decay
         scale = lr_scales.get(name, 1.0)
         new = {"params": [], "names": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
-        group = groups.setdefault((decays, scale), new)
+        group = groups.setdefault((decays, scale), new | {"decays": decays})
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:
@@ -50,17 +52,19 @@ def parameter_groups(
     return list(groups.values())
 
 
-def create_optimizer(method: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW for a `Method` that lies on its device.
+def create_optimizer(method: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser of a `Method` that lies on its device: fused AdamW, or LAMB.
 
-    Fused, because one kernel reads and writes each tensor once, and because it leaves everything untouched where its
-    `found_inf` tensor is 1: the finite check needs no host. On a GPU the learning rate is a tensor, so that changing
-    it neither synchronises nor is baked into a captured step.
+    Both leave everything untouched where their `found_inf` tensor is 1: the finite check needs no host. AdamW is fused
+    also because one kernel then reads and writes each tensor once. On a GPU the learning rate is a tensor, so that
+    changing it neither synchronises nor is baked into a captured step.
     """
     groups = parameter_groups(method, optim.weight_decay, method.no_weight_decay(), method.lr_scales())  # type: ignore[operator]
     device = groups[0]["params"][0].device
     for group in groups:
         group["lr"] = torch.zeros((), device=device) if device.type == "cuda" else 0.0
+    if optim.name == "lamb":
+        return create_lamb(groups, betas=optim.betas, eps=optim.eps)
     lr: float | Tensor = groups[0]["lr"]
     return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=True)
 
@@ -72,6 +76,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"].fill_(lr * group["lr_scale"])
         else:
             group["lr"] = lr * group["lr_scale"]
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """Set the decay of every group that decays."""
+    for group in optimizer.param_groups:
+        if group["decays"]:
+            group["weight_decay"] = weight_decay
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

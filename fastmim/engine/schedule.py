@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: linear warm-up times cosine, multistep or constant."""
+"""Learning rate and weight decay as functions of the step."""
 
 import logging
 import math
@@ -13,8 +13,9 @@ logger = logging.getLogger(__name__)
 class Schedule:
     """lr(step) for step 0 .. total_steps - 1 (the step about to be done).
 
-    Warm-up multiplies the scheduled value by step / warmup_steps; the cosine's progress counts from the end of warm-up,
-    as in MAE and A²MIM.
+    Warm-up multiplies the scheduled value by a factor that rises linearly from `warmup_start` to 1; the cosine's
+    progress counts from the end of warm-up, as in MAE, A²MIM and SparK. The weight decay of a step goes along half a
+    cosine over the whole run, warm-up included, as in SparK.
     """
 
     kind: str
@@ -24,6 +25,9 @@ class Schedule:
     min_lr: float = 0.0
     milestones: tuple[int, ...] = ()  # steps
     gamma: float = 0.1
+    warmup_start: float = 0.0
+    decay: float = 0.0
+    decay_end: float | None = None  # None: the weight decay does not change
 
     @classmethod
     def of(cls, optim: OptimConfig, *, peak: float, total_steps: int, steps_per_epoch: int) -> "Schedule":
@@ -47,7 +51,18 @@ class Schedule:
                 "optim.min_lr %g is above the peak learning rate %.3g: the latter is kept.", optim.min_lr, peak
             )
         milestones = tuple(round(epoch * steps_per_epoch) for epoch in sorted(optim.milestones))
-        return cls(optim.schedule, peak, total_steps, warmup, min_lr, milestones, optim.gamma)
+        return cls(
+            optim.schedule,
+            peak,
+            total_steps,
+            warmup,
+            min_lr,
+            milestones,
+            optim.gamma,
+            optim.warmup_start,
+            optim.weight_decay,
+            optim.weight_decay_end,
+        )
 
     def lr(self, step: int) -> float:
         value = self.peak
@@ -56,4 +71,12 @@ class Schedule:
             value = self.min_lr + (self.peak - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         elif self.kind == "multistep":
             value = self.peak * self.gamma ** sum(step >= milestone for milestone in self.milestones)
-        return value * step / self.warmup_steps if step < self.warmup_steps else value
+        if step < self.warmup_steps:
+            value *= self.warmup_start + (1 - self.warmup_start) * step / self.warmup_steps
+        return value
+
+    def weight_decay(self, step: int) -> float:
+        if self.decay_end is None:
+            return self.decay
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.total_steps - 1))))
+        return self.decay_end + (self.decay - self.decay_end) * share

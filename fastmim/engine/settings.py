@@ -41,10 +41,10 @@ def _check(holds: bool, sentence: str) -> None:
 
 @dataclass
 class OptimConfig:
-    """AdamW, its learning rate over time, and gradient handling."""
+    """The optimiser, its learning rate and weight decay over time, and gradient handling."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimiser."""
+    name: Literal["adamw", "lamb"] = "adamw"
+    """The optimiser: AdamW, or LAMB (SparK's; with NVIDIA's apex on a GPU where that is installed)."""
     lr: float | None = None
     """Peak learning rate, absolute. Give this or `base_lr`."""
     base_lr: float | None = None
@@ -53,16 +53,20 @@ class OptimConfig:
     lr_per: int = 256
     """Number of images that `base_lr` refers to: 256 (MAE) or 512 (SimMIM)."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of AdamW's running averages of the gradient and of its square."""
+    """Decay of the optimiser's running averages of the gradient and of its square."""
     eps: float = 1e-8
-    """Added to AdamW's denominator."""
+    """Added to the optimiser's denominator (1e-6 is usual for LAMB)."""
     weight_decay: float = 0.05
     """Decoupled weight decay; biases, one-dimensional parameters and those a method names are left out."""
+    weight_decay_end: float | None = None
+    """Weight decay at the end of the run, reached from `weight_decay` along half a cosine. None: it stays."""
     warmup_epochs: float | None = None
-    """Epochs of linear warm-up from 0. Give this or `warmup_steps`; neither means none. Shortened to a tenth of the
-    run (with a line in the log) when the run is not longer than its warm-up."""
+    """Epochs of linear warm-up. Give this or `warmup_steps`; neither means none. Shortened to a tenth of the run (with
+    a line in the log) when the run is not longer than its warm-up."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up."""
+    warmup_start: float = 0.0
+    """Where the warm-up begins, as a share of the peak learning rate."""
     schedule: Literal["cosine", "multistep", "constant"] = "cosine"
     """After warm-up: half a cosine from the peak to `min_lr`, a drop by `gamma` at each milestone, or the peak."""
     min_lr: float = 0.0
@@ -91,11 +95,16 @@ class OptimConfig:
         _check(self.eps > 0, f"optim.eps must be positive, got {self.eps}")
         _check(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
         _check(
+            self.weight_decay_end is None or self.weight_decay_end >= 0,
+            f"optim.weight_decay_end must not be negative, got {self.weight_decay_end}",
+        )
+        _check(
             self.warmup_epochs is None or self.warmup_steps is None,
             "optim.warmup_epochs and optim.warmup_steps are two ways to say one thing: give one",
         )
         _check((self.warmup_epochs or 0) >= 0, f"optim.warmup_epochs must not be negative, got {self.warmup_epochs}")
         _check((self.warmup_steps or 0) >= 0, f"optim.warmup_steps must not be negative, got {self.warmup_steps}")
+        _check(0 <= self.warmup_start <= 1, f"optim.warmup_start is a share, from 0 to 1, got {self.warmup_start}")
         _check(self.min_lr >= 0, f"optim.min_lr must not be negative, got {self.min_lr}")
         _check(all(m > 0 for m in self.milestones), f"optim.milestones must be positive epochs, got {self.milestones}")
         _check(self.gamma > 0, f"optim.gamma must be positive, got {self.gamma}")

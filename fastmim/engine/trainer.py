@@ -19,7 +19,7 @@ from fastmim.engine.fit_result import FitResult, Interval
 from fastmim.engine.health import FiniteWatch
 from fastmim.engine.injector import inject
 from fastmim.engine.metrics import MetricsFile, cut_metrics
-from fastmim.engine.optimizer import create_optimizer, set_lr
+from fastmim.engine.optimizer import create_optimizer, set_lr, set_weight_decay
 from fastmim.engine.pictures import picture_grid, save_picture
 from fastmim.engine.precision import choose_device, choose_precision
 from fastmim.engine.progress import create_progress
@@ -186,6 +186,7 @@ class Trainer:
         self.watch.add(step, raw.indices)
         seed_step(self.seed, step, self.device)
         set_lr(self.optimizer, self.schedule.lr(step))
+        set_weight_decay(self.optimizer, self.schedule.weight_decay(step))
         done = step + 1
         draw = done == self.total_steps or bool(self.pictures_every and done % self.pictures_every == 0)
         output = self.train_step(
