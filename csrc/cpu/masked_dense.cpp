@@ -20,6 +20,7 @@ constexpr int kRows = 6;                           // of the register tile
 constexpr int kColumns = kRegisters > 16 ? 4 : 2;  // registers across it: 24 (12) sums, a row of weights, one value
 constexpr int64_t kBlock = kColumns * kWidth;      // columns that one task handles
 constexpr int64_t kDepth = 128;                    // of a product before its sums go back to memory
+constexpr int64_t kTogether = 64;                  // pairs of rows in a sum of the weight gradient, likewise
 
 struct Pair {
   int64_t from, to;  // row of the source tensor; row within the block of results
@@ -93,7 +94,8 @@ struct Join {
   }
 };
 
-// M rows of the source times `depth` rows of weights, added to M rows of the result; N registers across.
+// M rows of the source times `depth` rows of weights, added to M rows of the result; N registers across. Every product
+// is summed by itself before it is added: short sums of sums keep more digits than one long sum.
 template <int M, int N>
 void multiply(const Pair* pairs, const Rows& source, int64_t channel, int64_t depth, const float* weight,
               int64_t weight_pitch, float* result, int64_t pitch) {
@@ -101,9 +103,7 @@ void multiply(const Pair* pairs, const Rows& source, int64_t channel, int64_t de
   Vec sums[M][N];
   unroll<M>([&](auto m) FASTMIM_INLINE_LAMBDA {
     from[m] = source.data + pairs[m].from * source.pitch + channel;
-    unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA {
-      sums[m][n] = load_vec(result + pairs[m].to * pitch + n * kWidth);
-    });
+    unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA { sums[m][n] = Vec{}; });
   });
   for (int64_t d = 0; d < depth; ++d, weight += weight_pitch) {
     Vec w[N];
@@ -115,18 +115,19 @@ void multiply(const Pair* pairs, const Rows& source, int64_t channel, int64_t de
   }
   unroll<M>([&](auto m) FASTMIM_INLINE_LAMBDA {
     unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA {
-      store_vec(result + pairs[m].to * pitch + n * kWidth, sums[m][n]);
+      float* to = result + pairs[m].to * pitch + n * kWidth;
+      store_vec(to, load_vec(to) + sums[m][n]);
     });
   });
 }
 
-// M channels of x times N registers of gradient, summed over pairs: `from` is a row of x, `to` one of the gradient.
+// M channels of x times N registers of gradient, summed over pairs and added to the result: `from` is a row of x, `to` one of the gradient.
 template <int M, int N>
 void multiply_transposed(const Pair* pairs, int64_t count, const Rows& x, int64_t channel, const Rows& gradient,
                          int64_t column, float* result, int64_t pitch) {
   Vec sums[M][N];
   unroll<M>([&](auto m) FASTMIM_INLINE_LAMBDA {
-    unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA { sums[m][n] = load_vec(result + m * pitch + n * kWidth); });
+    unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA { sums[m][n] = Vec{}; });
   });
   for (int64_t i = 0; i < count; ++i) {
     const float* from = x.data + pairs[i].from * x.pitch + channel;
@@ -139,8 +140,21 @@ void multiply_transposed(const Pair* pairs, int64_t count, const Rows& x, int64_
     });
   }
   unroll<M>([&](auto m) FASTMIM_INLINE_LAMBDA {
-    unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA { store_vec(result + m * pitch + n * kWidth, sums[m][n]); });
+    unroll<N>([&](auto n) FASTMIM_INLINE_LAMBDA {
+      float* to = result + m * pitch + n * kWidth;
+      store_vec(to, load_vec(to) + sums[m][n]);
+    });
   });
+}
+
+// Adds the rows to `sums`, sixteen at a time.
+void sum_rows(const Rows& from, int64_t rows, int64_t column, int64_t width, float* sums) {
+  for (int64_t first = 0; first < rows; first += 16) {
+    float some[kBlock] = {};
+    for (int64_t r = first; r < least(first + 16, rows); ++r)
+      for (int64_t c = 0; c < width; ++c) some[c] += from.data[r * from.pitch + column + c];
+    for (int64_t c = 0; c < width; ++c) sums[c] += some[c];
+  }
 }
 
 // f(Index<M>, Index<N>) for a register tile of m rows and n registers.
@@ -247,6 +261,13 @@ float value_at(int element, const void* data, int64_t i) {
   }
 }
 
+void add_bias(const MaskedDense& p, float* to, int64_t rows, int64_t pitch, int64_t width, int64_t column) {
+  float bias[kBlock];
+  for (int64_t c = 0; c < width; ++c) bias[c] = value_at(p.weight_element, p.bias, column + c);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < width; ++c) to[r * pitch + c] += bias[c];
+}
+
 template <typename T>
 void write_block(const float* from, int64_t rows, int64_t pitch, int64_t width, T* to, int64_t to_pitch) {
   for (int64_t r = 0; r < rows; ++r)
@@ -289,11 +310,8 @@ void convolve(const MaskedDense& p, const void* from, void* to) {
       const int64_t first = task % row_tasks * per_task, last = least(first + per_task, tiles);
       const int64_t column = task / row_tasks * kBlock, width = least(kBlock, padded - column);
       const int64_t rows = (last - first) * join.rows();
-      const int64_t valid = column < columns ? least(width, columns - column) : 0;  // a narrow block may be padding only
-      float start[kBlock] = {};
-      if (!Transposed && p.bias != nullptr)
-        for (int64_t c = 0; c < valid; ++c) start[c] = value_at(p.weight_element, p.bias, column + c);
-      for (int64_t r = 0; r < rows; ++r) memcpy(result + r * width, start, static_cast<size_t>(width) * sizeof(float));
+      const int64_t valid = column < columns ? least(width, columns - column) : 0;  // a block may be padding only
+      memset(result, 0, static_cast<size_t>(rows * width) * sizeof(float));
       const float* weight = p.packed + taps * depth * column;
       if (patches) {
         copy_patches(join, first, last, source, pairs, copies);
@@ -304,6 +322,7 @@ void convolve(const MaskedDense& p, const void* from, void* to) {
           product(pairs, count, source, depth, weight + tap * depth * width, width, result, width);
         }
       }
+      if (!Transposed && p.bias != nullptr) add_bias(p, result, rows, width, valid, column);
       write_rows(p.element, result, rows, width, valid, to, first * join.rows(), columns, column);
     }
   }
@@ -362,9 +381,7 @@ void masked_dense_weight_gradient(const MaskedDense& p) {
         const int64_t first = block * per_block, last = least(first + per_block, tiles);
         const int64_t rows = (last - first) * join.rows();
         const Rows here = {gradient.data + first * join.rows() * padded, padded};
-        if (tap == 0)
-          for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < width; ++c) bias[c] += here.data[r * padded + column + c];
+        if (tap == 0) sum_rows(here, rows, column, width, bias);
         Rows source = x;
         int64_t count;
         if (patches) {
@@ -376,8 +393,9 @@ void masked_dense_weight_gradient(const MaskedDense& p) {
         }
         in_even_pieces(depth, [&](int64_t begin, int64_t size) FASTMIM_INLINE_LAMBDA {
           with_tile(size, width / kWidth, [&](auto m, auto n) FASTMIM_INLINE_LAMBDA {
-            multiply_transposed<decltype(m)::value, decltype(n)::value>(pairs, count, source, begin, here, column,
-                                                                        sums + begin * padded, padded);
+            for (int64_t i = 0; i < count; i += kTogether)
+              multiply_transposed<decltype(m)::value, decltype(n)::value>(
+                  pairs + i, least(kTogether, count - i), source, begin, here, column, sums + begin * padded, padded);
           });
         });
       }

@@ -16,7 +16,8 @@ namespace FASTMIM_ISA {
 
 namespace {
 
-constexpr int64_t kLongestSide = 64;  // of tiles that the fast kernels take
+constexpr int64_t kLongestSide = 64;      // of tiles that the fast kernels take
+constexpr int64_t kSummedTogether = 64;   // summands of a weight gradient that make one sum
 
 int64_t thread_index() {
 #if defined(_OPENMP)
@@ -142,12 +143,16 @@ FASTMIM_INLINE void sum_taps(const Tap* list, int64_t count, const Rows& source,
                              const float* bias, int64_t c, float* out) {
   Vec sums[Blocks];
   unroll<Blocks>([&](auto b) FASTMIM_INLINE_LAMBDA { sums[b] = load_vec(bias + c + b * kWidth); });
-  for (int64_t i = 0; i < count; ++i) {
-    const float* from = source.data + list[i].row * source.pitch + c;
-    const float* tap = weight + list[i].tap * padded + c;
-    unroll<Blocks>([&](auto b) FASTMIM_INLINE_LAMBDA {
-      sums[b] += load_vec(from + b * kWidth) * load_vec(tap + b * kWidth);
-    });
+  for (int64_t i = 0; i < count;) {
+    Vec some[Blocks] = {};  // short sums of sums keep more digits than one long sum
+    for (const int64_t end = i + 16 < count ? i + 16 : count; i < end; ++i) {
+      const float* from = source.data + list[i].row * source.pitch + c;
+      const float* tap = weight + list[i].tap * padded + c;
+      unroll<Blocks>([&](auto b) FASTMIM_INLINE_LAMBDA {
+        some[b] += load_vec(from + b * kWidth) * load_vec(tap + b * kWidth);
+      });
+    }
+    unroll<Blocks>([&](auto b) FASTMIM_INLINE_LAMBDA { sums[b] += some[b]; });
   }
   unroll<Blocks>([&](auto b) FASTMIM_INLINE_LAMBDA { store_vec(out + c + b * kWidth, sums[b]); });
 }
@@ -336,7 +341,8 @@ void tile_gradient_by_lists(const MaskedDepthwise& p, const int32_t* near, const
     }
 }
 
-// One row of the kernel over one tile: K running sums in registers, S gradients beside them.
+// One row of the kernel over one tile: K running sums in registers, S gradients beside them. A tile is summed by itself
+// before it is added: short sums of sums keep more digits than one long sum.
 template <int S, int K, int Blocks>
 FASTMIM_INLINE void kernel_row_gradient(const Pieces& pieces, int64_t side, int64_t ky, int64_t pitch, int64_t c,
                                         const float* gradient, int64_t gradient_pitch, float* sums,
@@ -344,7 +350,7 @@ FASTMIM_INLINE void kernel_row_gradient(const Pieces& pieces, int64_t side, int6
   constexpr int radius = K / 2, reach = (radius + S - 1) / S;
   Vec sum[Blocks][K];
   unroll<Blocks>([&](auto b) FASTMIM_INLINE_LAMBDA {
-    unroll<K>([&](auto kx) FASTMIM_INLINE_LAMBDA { sum[b][kx] = load_vec(sums + kx * sums_pitch + b * kWidth); });
+    unroll<K>([&](auto kx) FASTMIM_INLINE_LAMBDA { sum[b][kx] = Vec{}; });
   });
   for (int64_t y = 0; y < side; ++y)
     for (int64_t q = 0; q < side / S; ++q, gradient += S * gradient_pitch) {
@@ -373,7 +379,10 @@ FASTMIM_INLINE void kernel_row_gradient(const Pieces& pieces, int64_t side, int6
       });
     }
   unroll<Blocks>([&](auto b) FASTMIM_INLINE_LAMBDA {
-    unroll<K>([&](auto kx) FASTMIM_INLINE_LAMBDA { store_vec(sums + kx * sums_pitch + b * kWidth, sum[b][kx]); });
+    unroll<K>([&](auto kx) FASTMIM_INLINE_LAMBDA {
+      float* to = sums + kx * sums_pitch + b * kWidth;
+      store_vec(to, load_vec(to) + sum[b][kx]);
+    });
   });
 }
 
@@ -385,12 +394,13 @@ void kernel_gradient(const Pieces& pieces, int64_t side, int64_t pitch, int64_t 
                                       sums.data + ky * K * sums.pitch + c, sums.pitch);
   for (int b = 0; b < Blocks; ++b) {
     float* bias = sums.data + K * K * sums.pitch + c + b * kWidth;
-    Vec even = {}, odd = {};
-    for (int64_t i = 0; i < side * side; i += 2) {
-      even += load_vec(gradient + i * gradient_pitch + c + b * kWidth);
-      odd += load_vec(gradient + (i + 1) * gradient_pitch + c + b * kWidth);
+    Vec total = {};
+    for (int64_t i = 0; i < side * side; i += side) {
+      Vec row = {};
+      for (int64_t j = i; j < i + side; ++j) row += load_vec(gradient + j * gradient_pitch + c + b * kWidth);
+      total += row;
     }
-    store_vec(bias, load_vec(bias) + (even + odd));
+    store_vec(bias, load_vec(bias) + total);
   }
 }
 
@@ -426,6 +436,15 @@ void tile_gradient(const MaskedDepthwise& p, const int32_t* near, const Rows& x,
 #undef FASTMIM_BY_ROWS
   }
   tile_gradient_by_lists(p, near, x, gradient, tile, width, sums);
+}
+
+// Adds the sums to others, and starts them anew.
+void move_sums(const Rows& sums, int64_t rows, int64_t width, float* to, int64_t pitch) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < width; ++c) {
+      to[r * pitch + c] += sums.data[r * sums.pitch + c];
+      sums.data[r * sums.pitch + c] = 0.0f;
+    }
 }
 
 template <typename T>
@@ -467,17 +486,25 @@ void masked_depthwise_weight_gradient(const MaskedDepthwise& p) {
       const int64_t part = task / chunks, channel = task % chunks * chunk;
       const int64_t width = p.channels - channel < chunk ? p.channels - channel : chunk;
       const int64_t padded_width = (width + kWidth - 1) / kWidth * kWidth;
+      int64_t summed = 0;  // summands in `sums` that are not in `partial` yet
+      float* to = p.partial + part * (taps + 1) * padded + channel;
       memset(room, 0, static_cast<size_t>((taps + 1) * pitch) * sizeof(float));
+      for (int64_t tap = 0; tap <= taps; ++tap)
+        memset(to + tap * padded, 0, static_cast<size_t>(padded_width) * sizeof(float));
       for (int64_t b = p.batch * part / parts; b < p.batch * (part + 1) / parts; ++b) {
         const Rows x = read_rows(p.element, p.x, p.channels, b * rows, rows, channel, width, {x_room, pitch});
         const Rows gradient = read_rows(p.element, p.out, p.channels, b * out_rows, out_rows, channel, width,
                                         {x_room + rows * pitch, pitch});
-        for (int64_t k = 0; k < p.count; ++k)
+        for (int64_t k = 0; k < p.count; ++k) {
           tile_gradient(p, p.neighbours + (b * p.count + k) * kWindow * kWindow, x, gradient, k, padded_width, sums);
+          summed += by_rows(p) ? 1 : side * side;
+          if (summed >= kSummedTogether) {
+            move_sums(sums, taps + 1, padded_width, to, padded);
+            summed = 0;
+          }
+        }
       }
-      float* to = p.partial + part * (taps + 1) * padded + channel;
-      for (int64_t tap = 0; tap <= taps; ++tap)
-        memcpy(to + tap * padded, room + tap * pitch, static_cast<size_t>(padded_width) * sizeof(float));
+      move_sums(sums, taps + 1, padded_width, to, padded);
     }
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < padded / 16; ++block) {

@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+from fastmim.ops import TileIndex, gather_tiles, scatter_tiles, upsample_mask
+from tests.ops.support import LAYOUTS
+from tests.ops.test_tile_index import some_ids
+
+# B, (gh, gw), K, t, C
+CASES = [(2, (3, 5), 4, 8, 3), (3, (4, 2), 8, 1, 7), (1, (1, 1), 1, 2, 1), (2, (2, 3), 1, 4, 13), (0, (2, 2), 1, 2, 3)]
+
+
+def make(batch, grid, count, side, channels, dtype=torch.float32):
+    tiles = TileIndex.from_ids_keep(some_ids(batch, grid, count), grid)
+    generator = torch.Generator().manual_seed(1)
+    return tiles, torch.randn(batch, channels, grid[0] * side, grid[1] * side, generator=generator).to(dtype)
+
+
+def visible(tiles, side):
+    """[B, 1, H, W] bool."""
+    size = tiles.grid[0] * side, tiles.grid[1] * side
+    return ~upsample_mask(tiles.slots < 0, tiles.grid, size).unsqueeze(1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gather_takes_the_cells_in_order(case, layout):
+    tiles, dense = make(*case)
+    (_, gw), side = tiles.grid, case[3]
+    x = gather_tiles(layout(dense), tiles)
+    assert x.is_contiguous()
+    assert x.shape == (case[0], case[2], side, side, case[4])
+    for b, cells in enumerate(tiles.ids_keep.tolist()):
+        for k, cell in enumerate(cells):
+            row, column = cell // gw * side, cell % gw * side
+            assert torch.equal(x[b, k], dense[b, :, row : row + side, column : column + side].permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("token", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_scatter_puts_them_back_and_fills_the_rest(case, token):
+    tiles, dense = make(*case)
+    fill = torch.arange(1.0, case[4] + 1) if token else None
+    back = scatter_tiles(gather_tiles(dense, tiles), tiles, fill)
+    rest = fill.reshape(1, -1, 1, 1) if token else 0.0
+    assert torch.equal(back, torch.where(visible(tiles, case[3]), dense, rest))
+    assert back.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_dtypes_are_kept():
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        tiles, dense = make(*CASES[0], dtype=dtype)
+        x = gather_tiles(dense, tiles)
+        assert x.dtype == scatter_tiles(x, tiles, torch.zeros(3)).dtype == dtype
+    tiles, dense = make(*CASES[0])
+    assert gather_tiles((dense * 9).to(torch.uint8), tiles).dtype == torch.uint8
+
+
+def test_masked_cells_are_not_read_and_get_no_gradient():
+    tiles, dense = make(2, (3, 4), 5, 2, 3)
+    dense = dense.masked_fill(~visible(tiles, 2), float("nan")).requires_grad_()
+    x = gather_tiles(dense, tiles)
+    assert torch.isfinite(x).all()
+    x.square().sum().backward()
+    assert torch.equal(dense.grad, torch.where(visible(tiles, 2), 2 * dense.detach(), 0.0))
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_gradients(case):
+    tiles, dense = make(*case, dtype=torch.float64)
+    x = gather_tiles(dense, tiles).requires_grad_()
+    fill = torch.randn(case[4], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda d: gather_tiles(d, tiles), dense.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, f: scatter_tiles(x, tiles, f), (x, fill))
+    assert torch.autograd.gradgradcheck(lambda x, f: scatter_tiles(x, tiles, f), (x, fill))
+
+
+def test_compiles_without_graph_breaks():
+    tiles, dense = make(2, (3, 4), 5, 2, 3)
+    fill = torch.randn(3, requires_grad=True)
+
+    def function(dense, fill):
+        return scatter_tiles(gather_tiles(dense, tiles) * 2, tiles, fill)
+
+    results = []
+    for f in (torch.compile(function, fullgraph=True, backend="aot_eager"), function):
+        out = f(dense.requires_grad_(), fill)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (dense, fill))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_names_what_does_not_fit():
+    tiles, dense = make(2, (3, 5), 4, 8, 3)
+    x = gather_tiles(dense, tiles)
+    with pytest.raises(ValueError, match=r"expected a map \[2, C, H, W\], got \[1, 3, 24, 40\]"):
+        gather_tiles(dense[:1], tiles)
+    with pytest.raises(ValueError, match="24 x 45 is not a 3 x 5 grid of square cells"):
+        gather_tiles(torch.zeros(2, 3, 24, 45), tiles)
+    with pytest.raises(ValueError, match=r"tiles \[2, 4, t, t, C\] as the index has them, got \[2, 3, 8, 8, 3\]"):
+        scatter_tiles(x[:, 1:], tiles)
+    with pytest.raises(ValueError, match=r"fill must be \[3\], as x has channels, got \[4\]"):
+        scatter_tiles(x, tiles, torch.zeros(4))
