@@ -52,8 +52,9 @@ class SparseModule(nn.Module):
         self._recipe = (module, outputs, grn_stats, layers)  # a tuple, which nn.Module does not look into
         for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[shared] = module.__dict__[shared]
-        self.training = module.training
-        self._graphs, self.outputs = _graphs(*self._recipe)
+        # A single layer has no forward to follow; that of a sequence around it calls it.
+        self._root = (module if any(True for _ in module.children()) else nn.Sequential(module),)
+        self._graphs, self.outputs = _graphs(self._root[0], outputs, grn_stats, layers)
         self._forwards = {mode: _compiled(graph, type(module).__name__) for mode, graph in self._graphs.items()}
 
     def forward(self, images: Tensor, tiles: TileIndex) -> Any:
@@ -69,20 +70,23 @@ class SparseModule(nn.Module):
             `tiles.ids_keep`, and pooled features are means over visible positions. With named outputs: their tuple,
             or the one tensor for a single name.
         """
-        module = self._recipe[0]
         x = images if images.dim() == 5 else gather_tiles(images, tiles)
-        return self._forwards[module.training](module, x, tiles)
+        return self._forwards[self.training](*self._root, x, tiles)
 
     @property
     def code(self) -> str:
         """The forward as Python: what runs, operation by operation."""
-        return self._graphs[self._recipe[0].training].python_code("self").src
+        return self._graphs[self.training].python_code("self").src
 
-    def train(self, mode: bool = True) -> "SparseModule":
-        """As nn.Module; the dense module follows."""
-        self._recipe[0].train(mode)
-        self.training = mode
-        return self
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """That of the dense module."""
+        return self._recipe[0].training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_recipe" in self.__dict__:  # not while nn.Module starts
+            self._recipe[0].training = mode
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SparseModule, self._recipe  # copies and pickles follow the forward of the copied module anew

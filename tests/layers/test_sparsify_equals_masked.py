@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastmim.layers import sparsify, stage_names
+from fastmim.models import create_encoder
 from fastmim.models.convnext import ConvNeXt
 from fastmim.models.resnet import BasicBlock, Bottleneck, ResNet
 from fastmim.ops import gather_tiles
@@ -157,3 +158,8 @@ def test_torchvisions_encoders(timm, family, some_tiles):
         settings = [convnext.CNBlockConfig(*c, 1) for c in ((6, 10), (10, 14), (14, 18), (18, None))]
         module = convnext.ConvNeXt(settings, stochastic_depth_prob=0.0, layer_scale=0.5, num_classes=3)
     check_equals_masked(module, some_tiles(2, (2, 3), 3), 32, torch.float64)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "convnextv2_atto"])
+def test_whole_encoders(name, some_tiles):
+    check_equals_masked(create_encoder(name), some_tiles(2, (2, 3), 3), 32, torch.float64)
