@@ -17,6 +17,8 @@ _FILES = {  # name -> (module, class)
     "mae": ("fastmim.methods.mae", "MAE"),
     "simmim": ("fastmim.methods.simmim", "SimMIM"),
     "a2mim": ("fastmim.methods.a2mim", "A2MIM"),
+    "spark": ("fastmim.methods.spark", "SparK"),
+    "fcmae": ("fastmim.methods.fcmae", "FCMAE"),
 }
 
 

@@ -8,12 +8,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fastmim.layers import SparseModule
 from fastmim.methods.base import Batch, Method, Output, Pictures
+from fastmim.methods.cnn_tiles import encoder_on_tiles
 from fastmim.methods.masking import cell_grid, check_cell, count_kept, removed_pixels, removed_tokens
 from fastmim.models.encoder import Encoder
 from fastmim.models.mask_token import MaskToken
 from fastmim.models.pixel_head import PixelHead
-from fastmim.ops import Masks, frequency_loss, masked_patch_loss, random_mask
+from fastmim.ops import Masks, TileIndex, frequency_loss, masked_patch_loss, random_mask, scatter_tiles
 
 
 @dataclass
@@ -68,6 +70,9 @@ class A2MIMConfig:
     """Learning rate of the mask token, as a multiple (0.1 in the CNN recipes)."""
     gate_lr_scale: float = 1.0
     """Learning rate of the gate, as a multiple (0.1 in the 100-epoch ResNet-50 and the ConvNeXt recipes)."""
+    tiles: bool = False
+    """Not the paper's: what is before the mask token in a CNN sees visible tiles only, and the token alone fills the
+    removed cells from there on. Saves the work on removed cells; they have no features for a gate."""
 
 
 class A2MIM(Method):
@@ -85,6 +90,10 @@ class A2MIM(Method):
        errors of opposite sign in different images cancel, every image receives the same gradient picture, and the loss
        depends on the batch size per process. The recipes use "code", to be comparable with published figures.
     7. L = L_spa + λ·L_freq.
+
+    With `tiles`, an extension of ours for CNNs, masking is SparK's up to the insertion point: removed pixels are not
+    filled but left out, layers before the token compute visible cells only (norms over visible positions, zeros for
+    convolutions at their borders), and x ← t at removed cells. Layers after it are dense.
 
     Differs from the authors' code: the known count of removed values replaces ΣM + 1e-5; the Fourier loss is fp32
     under any autocast, and its asserts on the weights (two host synchronisations) are a clamp; t and γ are never
@@ -106,7 +115,16 @@ class A2MIM(Method):
         self.num_keep = count_kept(self.num_cells, cfg.mask_ratio, "ceil", "a2mim")
         self.token_grid = (img_size[0] // point.stride, img_size[1] // point.stride)
         is_cnn = point.layout == "map"
-        gated = is_cnn if cfg.gate is None else cfg.gate
+        gated = (is_cnn and not cfg.tiles) if cfg.gate is None else cfg.gate
+        self._on_tiles: tuple[SparseModule, ...] = ()
+        if cfg.tiles:
+            if gated or cfg.detach:
+                option = "gate" if gated else "detach"
+                raise ValueError(
+                    f"a2mim: method.tiles computes no features at removed cells; leave out method.{option}."
+                )
+            before = encoder.module_before(cfg.mask_layer) if is_cnn else None
+            self._on_tiles = (encoder_on_tiles(encoder, "a2mim with method.tiles", outputs=before),)
         gate = cfg.gate_init if gated else None
         self.mask_token = MaskToken(point.channels, point.layout, replace=False, gate=gate, detach=cfg.detach)
         self.head = PixelHead(encoder.num_features, encoder.stride, encoder.in_chans)
@@ -121,9 +139,9 @@ class A2MIM(Method):
         self.check_images(images)
         target = images if target is None else target
         removed = removed_pixels(masks.mask, self.grid, self.img_size)
-        filled = mean_fill(images, removed)
-        insert = functools.partial(self.mask_token, removed=removed_tokens(masks.mask, self.grid, self.token_grid))
-        prediction = self.head(self.encoder.forward_map(filled, insert, self.cfg.mask_layer))
+        filled = images.masked_fill(removed, 0.0) if self._on_tiles else mean_fill(images, removed)
+        features = self.features_on_tiles(images, masks) if self._on_tiles else self.features(filled, masks)
+        prediction = self.head(features)
         spatial = masked_patch_loss(prediction, target, masks.mask, self.cell, loss=self.loss)
         loss, parts = spatial, {"loss_spatial": spatial.detach()}
         if self.cfg.freq.weight != 0.0:
@@ -131,6 +149,17 @@ class A2MIM(Method):
             loss = spatial + self.cfg.freq.weight * frequency
             parts["loss_frequency"] = frequency.detach()
         return Output(loss, parts, functools.partial(_pictures, target, filled, prediction.detach(), removed))
+
+    def features(self, filled: Tensor, masks: Masks) -> Tensor:
+        """The last map, of a filled image and with the token."""
+        insert = functools.partial(self.mask_token, removed=removed_tokens(masks.mask, self.grid, self.token_grid))
+        return self.encoder.forward_map(filled, insert, self.cfg.mask_layer)
+
+    def features_on_tiles(self, images: Tensor, masks: Masks) -> Tensor:
+        """The last map; visible cells alone up to the token."""
+        tiles = TileIndex.from_ids_keep(masks.ids_keep, self.grid)
+        visible = self._on_tiles[0](images, tiles)
+        return self.encoder.forward_from(scatter_tiles(visible, tiles, self.mask_token.token), self.cfg.mask_layer)
 
     def frequency(self, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         """L_freq, without its weight λ."""

@@ -8,13 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastmim.methods.base import Batch, Method, Output, Pictures
-from fastmim.methods.masking import cell_grid, count_kept, removed_pixels
+from fastmim.methods.base import Batch, Method, Output
+from fastmim.methods.masking import cell_grid, count_kept
+from fastmim.methods.reconstruction import patch_pictures
 from fastmim.models.encoder import Encoder
 from fastmim.models.mae_decoder import MAEDecoder, init_mae_linear
 from fastmim.models.positions import sincos_positions
 from fastmim.models.token_encoder import TokenEncoder
-from fastmim.ops import Masks, masked_patch_loss, patchify, random_mask, unpatchify
+from fastmim.ops import Masks, masked_patch_loss, random_mask
 
 
 @dataclass
@@ -90,7 +91,12 @@ class MAE(Method):
         latent = self.encoder.forward_visible(images, masks.ids_keep)
         prediction = self.decoder(latent, masks.ids_restore)
         loss = masked_patch_loss(prediction, target, masks.mask, self.patch_size, norm_pix=self.cfg.norm_pix_loss)
-        return Output(loss, pictures=functools.partial(self._pictures, target, prediction.detach(), masks.mask))
+        return Output(
+            loss,
+            pictures=functools.partial(
+                patch_pictures, target, prediction.detach(), masks.mask, self.patch_size, self.cfg.norm_pix_loss
+            ),
+        )
 
     def no_weight_decay(self) -> set[str]:
         return set()  # the official run decays cls and mask token; the fixed positions are not trained
@@ -105,16 +111,6 @@ class MAE(Method):
         has_decoder = any(key.startswith("decoder.") for key in mapped)
         own = {} if has_decoder else {k: v for k, v in self.state_dict().items() if k.startswith("decoder.")}
         self.load_state_dict({**own, **mapped}, strict=True)
-
-    def _pictures(self, original: Tensor, prediction: Tensor, mask: Tensor) -> Pictures:
-        patches = prediction.float()
-        if self.cfg.norm_pix_loss:
-            truth = patchify(original, self.patch_size).float()
-            variance, mean = torch.var_mean(truth, dim=-1, keepdim=True)
-            patches = patches * (variance + 1e-6).sqrt() + mean
-        image = unpatchify(patches, self.patch_size, self.img_size, original.shape[1]).to(original.dtype)
-        removed = removed_pixels(mask, self.grid, self.img_size)
-        return Pictures(original, original.masked_fill(removed, 0.0), image.where(removed, original))
 
 
 def official_key(key: str) -> str:

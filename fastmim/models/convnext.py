@@ -190,6 +190,18 @@ class ConvNeXt(Encoder):
             x = stage(x, insert if i == index else None)
         return x
 
+    def module_before(self, at: int | None = None) -> str:
+        """The name of the submodule whose output `insert` receives at insertion point `at`."""
+        return f"stages.{self._insertion_index(at, count=4, default=3)}.downsample"
+
+    def forward_from(self, x: Tensor, at: int | None = None) -> Tensor:
+        """The map between the downsampling of stage `at` and its blocks -> [B, num_features, h, w]."""
+        index = self._insertion_index(at, count=4, default=3)
+        x = self.get_submodule(f"stages.{index}.blocks")(x)
+        for i in range(index + 1, 4):
+            x = self.stages[i](x)
+        return x
+
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> [B, num_features, h, w], before the head's layer norm."""
         return self.forward_map(images)

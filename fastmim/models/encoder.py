@@ -72,6 +72,14 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError
 
+    def module_before(self, at: int | None = None) -> str:
+        """CNNs: the name of the submodule whose output `insert` receives at insertion point `at`."""
+        raise NotImplementedError
+
+    def forward_from(self, x: Tensor, at: int | None = None) -> Tensor:
+        """CNNs: the rest of `forward_map`: features at insertion point `at` -> the last map."""
+        raise NotImplementedError
+
     def no_weight_decay(self) -> set[str]:
         """Parameters that are not decayed although they are neither biases nor one-dimensional."""
         return set()

@@ -161,6 +161,17 @@ class ResNet(Encoder):
             x = self.get_submodule(f"layer{i + 1}")(x)
         return x
 
+    def module_before(self, at: int | None = None) -> str:
+        """The name of the submodule whose output `insert` receives at insertion point `at`."""
+        index = self._insertion_index(at, count=4, default=3)
+        return f"layer{index}" if index else "maxpool"
+
+    def forward_from(self, x: Tensor, at: int | None = None) -> Tensor:
+        """The map before `layer{at + 1}` -> [B, num_features, h, w]."""
+        for i in range(self._insertion_index(at, count=4, default=3), 4):
+            x = self.get_submodule(f"layer{i + 1}")(x)
+        return x
+
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> [B, num_features, h, w]."""
         return self.forward_map(images)

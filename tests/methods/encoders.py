@@ -14,3 +14,7 @@ def small_resnet(**kwargs) -> Encoder:
 
 def small_convnext(**kwargs) -> Encoder:
     return create_encoder("convnext_atto", **{"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), **kwargs})
+
+
+def small_convnextv2(**kwargs) -> Encoder:
+    return create_encoder("convnextv2_atto", **{"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24), **kwargs})

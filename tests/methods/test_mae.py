@@ -4,6 +4,7 @@ from torch import Tensor
 
 from fastmim.methods import Batch, create_method
 from fastmim.methods.mae import MAE, MAEConfig, official_key
+from fastmim.methods.reconstruction import patch_pictures
 from fastmim.models import create_encoder
 from fastmim.ops import patchify, random_mask
 from tests.methods.plain_mae import plain_mae_loss
@@ -110,7 +111,7 @@ def test_perfect_prediction_of_normalised_patches_reconstructs_the_image():
     masks = random_mask(3, method.num_patches, method.num_keep, rng())
     patches = patchify(images, 8)
     perfect = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    pictures = method._pictures(images, perfect, masks.mask)
+    pictures = patch_pictures(images, perfect, masks.mask, (8, 8), norm_pix=True)
     torch.testing.assert_close(pictures.reconstruction, images)
     assert (pictures.masked == 0).sum() >= masks.mask.sum() * 64 * 3
 

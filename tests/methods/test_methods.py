@@ -10,8 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmim.methods import Batch, Method, create_method, list_methods, method_config
 from fastmim.methods.a2mim import A2MIMConfig, FrequencyConfig
+from fastmim.methods.fcmae import FCMAEConfig
+from fastmim.methods.spark import SparKConfig
 from fastmim.models import create_encoder
-from tests.methods.encoders import small_convnext, small_resnet, small_vit
+from tests.methods.encoders import small_convnext, small_convnextv2, small_resnet, small_vit
 
 CASES = {
     "mae-vit": ("mae", lambda **kw: small_vit(32, 8, **kw), None, (32, 32)),
@@ -26,6 +28,12 @@ CASES = {
     ),
     "a2mim-resnet": ("a2mim", small_resnet, None, (32, 64)),
     "a2mim-convnext": ("a2mim", small_convnext, None, (64, 64)),
+    "a2mim-resnet-tiles": ("a2mim", small_resnet, A2MIMConfig(tiles=True), (64, 96)),
+    "spark-resnet": ("spark", small_resnet, SparKConfig(decoder_width=32), (64, 96)),
+    "spark-convnext": ("spark", small_convnext, SparKConfig(decoder_width=64), (96, 64)),
+    "spark-light": ("spark", small_resnet, SparKConfig(decoder="light", decoder_width=32), (64, 96)),
+    "fcmae-convnext": ("fcmae", small_convnextv2, FCMAEConfig(decoder_dim=32), (64, 96)),
+    "fcmae-batch": ("fcmae", small_convnextv2, FCMAEConfig(decoder_dim=32, grn_stats="batch"), (64, 64)),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -100,7 +108,7 @@ def test_a_step_neither_asks_the_device_for_values_nor_shapes(case):
 
 @every_case
 def test_masks_are_a_function_of_seed_step_and_position(case):
-    method = build(case).eval()
+    method = build(case).train()  # with batch statistics, or a new deep decoder predicts nothing but zeros
     with torch.no_grad():
         loss = method(batch_for(method, step=3)).loss
         assert method(batch_for(method, step=3)).loss == loss

@@ -5,16 +5,20 @@ import torch
 
 from fastmim.command_line import parse
 from fastmim.config import RECIPES, list_recipes
+from fastmim.engine.schedule import Schedule
 from fastmim.methods import Method, create_method
 from fastmim.models import create_encoder
 
-PAPERS = [name for name in list_recipes() if name.split("_")[0] in ("mae", "simmim", "a2mim")]
+PAPERS = [name for name in list_recipes() if name.split("_")[0] in ("mae", "simmim", "a2mim", "spark", "fcmae")]
 NAMED = (
     [f"a2mim_vit_{size}" for size in ("small", "base", "large")]
     + [f"a2mim_resnet{depth}" for depth in (50, 101, 152, 200)]
     + [f"a2mim_convnext_{size}" for size in ("tiny", "small", "base")]
     + [f"mae_vit_{size}" for size in ("base", "large", "huge")]
-    + ["simmim_vit_base"]
+    + [f"spark_resnet{depth}" for depth in (50, 101, 152, 200)]
+    + [f"spark_convnext_{size}" for size in ("small", "base", "large")]
+    + [f"fcmae_convnextv2_{size}" for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")]
+    + ["simmim_vit_base", "a2mim_resnet50_tiles"]
 )
 
 
@@ -49,32 +53,47 @@ def test_builds_its_method_and_states_its_source(name, tmp_path):
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_fits_itself_to_smaller_images(name, tmp_path):
-    patch = 14 if "huge" in name else 16
+    patch = 14 if "vit_huge" in name else 16
     side = 96 if patch == 16 else 98
     build(settings(name, tmp_path, "--img_size", str(side)))
 
 
 @pytest.mark.parametrize(
-    "prefix, peak, batch, betas",
+    "prefix, peak, batch, betas, decay",
     [
-        ("mae_", 2.4e-3, 4096, (0.9, 0.95)),
-        ("simmim_", 4e-4, 2048, (0.9, 0.999)),
-        ("a2mim_vit", 4e-4, 2048, (0.9, 0.999)),
-        ("a2mim_resnet", 1.2e-3, 2048, (0.9, 0.999)),
-        ("a2mim_convnext", 1.2e-3, 2048, (0.9, 0.999)),
+        ("mae_", 2.4e-3, 4096, (0.9, 0.95), 0.05),
+        ("simmim_", 4e-4, 2048, (0.9, 0.999), 0.05),
+        ("a2mim_vit", 4e-4, 2048, (0.9, 0.999), 0.05),
+        ("a2mim_resnet", 1.2e-3, 2048, (0.9, 0.999), 0.05),
+        ("a2mim_convnext", 1.2e-3, 2048, (0.9, 0.999), 0.05),
+        ("spark_resnet", 3.2e-3, 4096, (0.9, 0.95), 0.04),
+        ("spark_convnext", 3.2e-3, 4096, (0.9, 0.999), 0.04),
+        ("fcmae_", 2.4e-3, 4096, (0.9, 0.95), 0.05),
     ],
 )
-def test_peak_rates_are_the_papers(prefix, peak, batch, betas, tmp_path):
+def test_peak_rates_are_the_papers(prefix, peak, batch, betas, decay, tmp_path):
     for name in (name for name in PAPERS if name.startswith(prefix)):
         cfg = settings(name, tmp_path)
         assert math.isclose(cfg.optim.peak_lr(cfg.batch_size), peak), name
-        assert (cfg.batch_size, cfg.optim.betas, cfg.optim.weight_decay) == (batch, betas, 0.05), name
+        assert (cfg.batch_size, cfg.optim.betas, cfg.optim.weight_decay) == (batch, betas, decay), name
 
 
 @pytest.mark.parametrize("name", [name for name in PAPERS if not name.startswith("mae")])
-def test_thirty_of_49_cells_of_32_pixels_are_removed(name, tmp_path):
+def test_thirty_of_49_cells_of_32_pixels_are_removed_and_29_in_spark(name, tmp_path):
     method = build(settings(name, tmp_path))
-    assert (method.cell, method.num_cells, method.num_keep) == (32, 49, 19)
+    assert (method.cell, method.num_cells, method.num_keep) == (32, 49, 20 if name.startswith("spark") else 19)
+
+
+@pytest.mark.parametrize("name", [name for name in PAPERS if name.startswith("spark")])
+def test_spark_trains_by_lamb_with_its_schedules(name, tmp_path):
+    cfg = settings(name, tmp_path)
+    assert (cfg.optim.name, cfg.optim.eps, cfg.optim.clip_grad_norm) == ("lamb", 1e-6, 5.0)
+    schedule = Schedule.of(cfg.optim, peak=3.2e-3, total_steps=1600 * 312, steps_per_epoch=312)
+    assert schedule.lr(0) == pytest.approx(0.005 * 3.2e-3)
+    assert schedule.lr(40 * 312) == pytest.approx(3.2e-3)
+    assert schedule.lr(1600 * 312 - 1) == pytest.approx(0.001 * 3.2e-3, rel=1e-3)
+    assert (schedule.weight_decay(0), schedule.weight_decay(1600 * 312 - 1)) == pytest.approx((0.04, 0.2))
+    assert cfg.model.drop_path_rate > 0
 
 
 @pytest.mark.parametrize(
