@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -32,31 +31,30 @@ def run(norm, x, cotangent, ids_keep):
     return [out.detach(), *gradients], dict(norm.named_buffers())
 
 
-def process(rank, folder, kind):
+def process(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     x, cotangent, ids_keep, plain = case()
     half = slice(2 * rank, 2 * rank + 2)
-    if kind == "layer":
-        norm = MaskedBatchNorm2d(SHAPE[-1], sync=True).double()
-        norm.load_state_dict(plain.state_dict())
-    else:
-        norm = sparsify(nn.SyncBatchNorm.convert_sync_batchnorm(plain))
-    torch.save(run(norm, x[half], cotangent[half], ids_keep[half]), Path(folder) / f"{rank}.pt")
+    layer = MaskedBatchNorm2d(SHAPE[-1], sync=True).double()
+    layer.load_state_dict(plain.state_dict())
+    converted = sparsify(nn.SyncBatchNorm.convert_sync_batchnorm(plain))
+    results = [run(norm, x[half], cotangent[half], ids_keep[half]) for norm in (layer, converted)]
+    torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["layer", "sparsify"])
-def test_two_processes_equal_one(tmp_path, kind):
-    torch.multiprocessing.spawn(process, (str(tmp_path), kind), nprocs=2)
+def test_two_processes_equal_one(tmp_path):
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
     x, cotangent, ids_keep, plain = case()
     (out, x_gradient, *sums), statistics = run(sparsify(plain), x, cotangent, ids_keep)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    torch.testing.assert_close(torch.cat([first[0][0], second[0][0]]), out)
-    torch.testing.assert_close(torch.cat([first[0][1], second[0][1]]), x_gradient)
-    for mine, theirs, both in zip(first[0][2:], second[0][2:], sums, strict=True):
-        torch.testing.assert_close(mine + theirs, both)  # the trainer averages gradients of parameters
-    for part in (first, second):
-        torch.testing.assert_close(part[1], statistics)
+    of_both_ranks = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for first, second in zip(*of_both_ranks, strict=True):  # the layer, then the converted module
+        torch.testing.assert_close(torch.cat([first[0][0], second[0][0]]), out)
+        torch.testing.assert_close(torch.cat([first[0][1], second[0][1]]), x_gradient)
+        for mine, theirs, both in zip(first[0][2:], second[0][2:], sums, strict=True):
+            torch.testing.assert_close(mine + theirs, both)  # the trainer averages gradients of parameters
+        for part in (first, second):
+            torch.testing.assert_close(part[1], statistics)
 
 
 def test_alone_it_is_ordinary_batch_norm():

@@ -214,3 +214,22 @@ def test_no_images_give_no_features(some_tiles):
     for layer, side in layers:
         assert layer(x, none).shape == (0, 3, side, side, 8), layer
         assert all(value.isfinite().all() for value in layer.state_dict().values()), layer
+
+
+def test_response_norm_of_silent_channels_has_finite_gradients(some_tiles):
+    tiles = some_tiles(2, (2, 3), 2)
+    layer = MaskedGRN(4)
+    x = torch.zeros(2, 2, 4, 4, 4, requires_grad=True)
+    layer(x, tiles).sum().backward()
+    assert x.grad.eq(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_response_norm_in_half_precision_keeps_small_changes(dtype, some_tiles):
+    tiles = some_tiles(2, (2, 3), 2)
+    x = (random_tiles(tiles, 4, 6) * 100).to(dtype)
+    layer = MaskedGRN(6)
+    nn.init.normal_(layer.weight, std=0.1), nn.init.normal_(layer.bias)
+    mine, expected = layer(x, tiles), layer.double()(x.double(), tiles)
+    assert mine.dtype == dtype
+    assert (mine.double() - expected).norm() <= 1.01 * (expected.to(dtype).double() - expected).norm()

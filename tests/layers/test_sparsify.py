@@ -13,7 +13,7 @@ from torch import nn
 import fastmim.layers
 from fastmim.layers import TileOutput, sparsify, stage_names
 from fastmim.models import create_encoder
-from fastmim.ops import gather_tiles
+from fastmim.ops import TileIndex, gather_tiles
 from tests.layers.test_sparsify_equals_masked import awake
 
 DOCS = Path(__file__).parents[2] / "docs" / "layers.md"
@@ -101,6 +101,28 @@ def test_the_order_of_cells_is_the_order_of_tiles(name, some_tiles):
     permuted = type(tiles).from_ids_keep(tiles.ids_keep[:, order], tiles.grid)
     for a, b in zip(sparse(images, tiles), sparse(images, permuted), strict=True):
         torch.testing.assert_close(a[:, order], b)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnextv2_atto"])
+def test_no_images_give_no_features(name):
+    tiles = TileIndex.from_ids_keep(torch.zeros(0, 3, dtype=torch.int64), (2, 3))
+    encoder = create_encoder(name)
+    last = sparsify(encoder, outputs=stage_names(encoder)[-1])(torch.zeros(0, 3, 64, 96), tiles)
+    assert last.shape == (0, 3, 1, 1, encoder.num_features)
+    assert all(value.isfinite().all() for value in encoder.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnextv2_atto"])
+def test_autocast_stays_near_fp32(name, some_tiles):
+    tiles = some_tiles(2, (2, 3), 3)
+    encoder = create_encoder(name)
+    sparse = sparsify(encoder, outputs=stage_names(encoder)[-1])
+    with torch.autocast("cpu", torch.bfloat16):
+        half = sparse(images_for(tiles), tiles)
+    half.float().square().mean().backward()
+    full = sparse(images_for(tiles), tiles)
+    assert (half - full).norm() < 0.03 * full.norm()
+    assert all(p.grad.isfinite().all() for p in encoder.parameters() if p.grad is not None)
 
 
 def test_named_outputs_tell_what_they_are_and_end_the_computation(some_tiles):
