@@ -61,7 +61,7 @@ class TileTracer(fx.Tracer):
             found = list(self._problems.values())
             return fx.Graph(), [*found, f"{self._place}: its forward cannot be followed any further: {error}"]
         for node in reversed(graph.nodes):
-            if not node.users and node.op not in ("placeholder", "output"):
+            if not node.users and node.op not in ("placeholder", "output") and not _in_place(node, module):
                 graph.erase_node(node)
         live = set(graph.nodes)
         return graph, [problem for node, problem in self._problems.items() if node in live]
@@ -176,13 +176,13 @@ class TileTracer(fx.Tracer):
     def _layer(self, path: str, layer: Any, known: TileLayer | None, args: Any, kwargs: Any) -> TracedValue:
         """A call of a layer that is known or refused."""
         arguments = (*args, *kwargs.values())
-        kind = arguments[0].kind if isinstance(arguments[0], TracedValue) else Unknown()
+        kind = arguments[0].kind if isinstance(arguments[0], TracedValue) else Plain()
         reason = _why_not(layer, known, kind, len(arguments))
         result: Kind = Unknown()
         if isinstance(kind, Map):
             channels = getattr(layer, "out_channels", getattr(layer, "out_features", kind.channels))
             stride = kind.stride * _step(layer)
-            result = kind.but(channels=channels, stride=stride, pooled=kind.pooled or (known and known.pools))
+            result = kind.but(channels=channels, stride=stride, pooled=kind.pooled or bool(known and known.pools))
         if reason or not isinstance(kind, Map):
             problem = f"{self._place}: {reason}" if reason else ""
             return self.seen_as(self._refused((args, kwargs), problem), result)
@@ -225,7 +225,9 @@ def _why_not(layer: Any, known: TileLayer | None, kind: Kind, arguments: int) ->
         return "it has forward hooks, which would not run"
     if arguments != 1:
         return f"it is called with {arguments} arguments instead of one"
-    if not isinstance(kind, Map):
+    if isinstance(kind, Plain):
+        return "its input is not a feature map"
+    if isinstance(kind, Unknown):
         return ""
     if known.expects == "map" and not kind.channels_first:
         return "it expects [B, C, H, W] and is given [B, H, W, C]"
@@ -234,6 +236,15 @@ def _why_not(layer: Any, known: TileLayer | None, kind: Kind, arguments: int) ->
     if kind.pooled and (_step(layer) > 1 or getattr(layer, "kernel_size", 1) not in (1, (1, 1))):
         return "it looks at neighbours of pooled features"
     return ""
+
+
+def _in_place(node: fx.Node, module: nn.Module) -> bool:
+    """Does it change a tensor that others may read, so that it matters although nobody uses its result?"""
+    if node.op == "call_module":
+        return getattr(module.get_submodule(str(node.target)), "inplace", False)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    changes = name.endswith("_") and not name.endswith("__")
+    return node.op in ("call_method", "call_function") and (changes or node.kwargs.get("inplace") is True)
 
 
 def _step(layer: Any) -> int:

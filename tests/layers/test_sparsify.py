@@ -78,6 +78,28 @@ def test_a_network_of_ones_own(some_tiles):
     torch.testing.assert_close((mine["logits"], mine["mean"]), (dense["logits"], dense["mean"]))
 
 
+def test_changes_in_place_happen_though_nobody_takes_their_result(some_tiles):
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 2, stride=2)
+            self.act = nn.ReLU(inplace=True)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            x = self.conv(x)
+            x.add_(0.5)
+            self.act(x)
+            F.hardtanh(x, 0.1, 0.3, inplace=True)
+            return x
+
+    tiles, net = some_tiles(2, (2, 3), 6), InPlace()
+    images = images_for(tiles, cell=4)
+    torch.testing.assert_close(sparsify(net)(images, tiles), gather_tiles(net(images), tiles))
+    assert net.calls == 2
+
+
 @pytest.mark.parametrize("name", ["resnet50", "convnextv2_atto"])
 def test_masked_pixels_change_nothing(name, some_tiles):
     tiles = some_tiles(2, (2, 3), 2)
