@@ -14,6 +14,7 @@ class Config:
         constants: constexpr name -> value.
         num_warps, num_stages: as launched.
         aligned: arguments that are multiples of 16 when launched (pointers, and lengths used in masks).
+        max_registers: a thread may have, as launched (maxnreg).
     """
 
     kernel: Any
@@ -22,6 +23,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 1
     aligned: tuple[str, ...] = field(default=())
+    max_registers: int | None = None
 
     def __str__(self) -> str:
         constants = ",".join(f"{name}={value}" for name, value in self.constants.items())

@@ -3,7 +3,7 @@
 Legend: B batch, K visible cells, t tile side, s stride, C input and O output channels, k kernel side.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,9 +19,16 @@ __all__ = ["DENSE_KERNELS", "DEPTHWISE_KERNELS", "masked_conv2d", "masked_conv2d
 DENSE_KERNELS = (1, 3, 5, 7)
 DEPTHWISE_KERNELS = (3, 5, 7)
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/element.h numbers them
+_dtypes: dict[str, Iterable[torch.dtype]] = dict.fromkeys(("cpu", "triton", "cuda"), ELEMENTS)
 _backends = {
-    "masked_depthwise": Backends("masked_depthwise", cpu="masked_depthwise", dtypes={"cpu": ELEMENTS}),
-    "masked_dense": Backends("masked_dense", cpu="masked_dense", dtypes={"cpu": ELEMENTS}),
+    "masked_depthwise": Backends(
+        "masked_depthwise",
+        cpu="masked_depthwise",
+        triton="fastmim.kernels.masked_conv",
+        cuda="masked_depthwise_cuda",
+        dtypes=_dtypes,
+    ),
+    "masked_dense": Backends("masked_dense", cpu="masked_dense", triton="fastmim.kernels.masked_conv", dtypes=_dtypes),
 }
 
 
@@ -83,16 +90,35 @@ class _Family:
         torch.library.register_autograd(f"fastmim::{name}", self.differentiate, setup_context=self.save)
 
     def shape(self, x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
-        """B, K, t, C, (O,) k, s, as the CPU kernels take it."""
+        """B, K, t, C, (O,) k, s, as the compiled kernels take it."""
         channels = (x.shape[4],) if self.depthwise else (x.shape[4], weight.shape[0])
         return *x.shape[:3], *channels, weight.shape[2], stride
+
+    def run(self, kind: str, backend: str, shape: tuple[int, ...], *arguments: int, on: Tensor) -> None:
+        """Calls the compiled kernel. One on CUDA is also given room to work in and the stream."""
+        if backend == "cpu":
+            getattr(compiled(), self.name + kind)(shape, *arguments)
+            return
+        floats = compiled().masked_depthwise_cuda_room(shape, kind == "_weight_gradient")
+        room = on.new_empty((floats,), dtype=torch.float32)
+        stream = torch.cuda.current_stream(on.device).cuda_stream if on.is_cuda else 0
+        with torch.cuda.device_of(on):
+            getattr(compiled(), f"{self.name}{kind}_cuda")(shape, *arguments, room.data_ptr(), stream)
+
+    def triton(self, kind: str) -> Callable[..., None]:
+        return getattr(_backends[self.name].triton(), self.name + kind)
 
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, stride: int, backend: str
     ) -> Tensor:
         x, weight, out = x.contiguous(), weight.contiguous(), _output(x, weight, stride)
         bias = None if bias is None else bias.to(weight.dtype).contiguous()
-        getattr(compiled(), self.name)(
+        if backend == "triton":
+            self.triton("")(x, weight, bias, neighbours, stride, out)
+            return out
+        self.run(
+            "",
+            backend,
             self.shape(x, weight, stride),
             neighbours.data_ptr(),
             *_elements(x, weight),
@@ -100,19 +126,26 @@ class _Family:
             weight.data_ptr(),
             _pointer(bias),
             out.data_ptr(),
+            on=x,
         )
         return out
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, neighbours: Tensor, stride: int, backend: str) -> Tensor:
         gradient, weight = gradient.contiguous(), weight.contiguous()
         x_gradient = self.fake_input_gradient(gradient, weight, neighbours, stride, backend)
-        getattr(compiled(), f"{self.name}_input_gradient")(
+        if backend == "triton":
+            self.triton("_input_gradient")(gradient, weight, neighbours, stride, x_gradient)
+            return x_gradient
+        self.run(
+            "_input_gradient",
+            backend,
             self.shape(x_gradient, weight, stride),
             neighbours.data_ptr(),
             *_elements(gradient, weight),
             gradient.data_ptr(),
             weight.data_ptr(),
             x_gradient.data_ptr(),
+            on=gradient,
         )
         return x_gradient
 
@@ -128,7 +161,13 @@ class _Family:
     ) -> tuple[Tensor, Tensor]:
         gradient, x = gradient.contiguous(), x.contiguous()
         weight_gradient, bias_gradient = self.fake_weight_gradient(gradient, x, weight, neighbours, stride, with_bias)
-        getattr(compiled(), f"{self.name}_weight_gradient")(
+        if backend == "triton":
+            with_it = bias_gradient if with_bias else None
+            self.triton("_weight_gradient")(gradient, x, neighbours, stride, weight_gradient, with_it)
+            return weight_gradient, bias_gradient
+        self.run(
+            "_weight_gradient",
+            backend,
             self.shape(x, weight, stride),
             neighbours.data_ptr(),
             *_elements(x, weight),
@@ -136,6 +175,7 @@ class _Family:
             x.data_ptr(),
             weight_gradient.data_ptr(),
             _pointer(bias_gradient) if with_bias else 0,
+            on=x,
         )
         return weight_gradient, bias_gradient
 
@@ -212,12 +252,13 @@ def masked_conv2d(
         tiles: the visible cells.
         stride: 1, or 2 where t is even.
         groups: 1, or C = O for a depthwise convolution.
-        backend: "reference" or "cpu"; chosen by device when None.
+        backend: "reference", "cpu", "triton", or "cuda" (depthwise only); chosen by device when None.
 
     Returns:
         [B, K, t / s, t / s, O] in the dtype of `x`, accumulated in fp32 (fp64 in fp64, which the reference computes).
         Under autocast `x` is cast first, as for nn.Conv2d; a weight of higher precision than `x` is used as it is by
-        the kernels. Differentiable with respect to `x`, `weight` and `bias`; the gradients are deterministic.
+        the kernels (a dense Triton kernel rounds it to the dtype of `x`, as nn.Conv2d does). Differentiable with
+        respect to `x`, `weight` and `bias`; the gradients are deterministic.
 
     Raises:
         ValueError: shapes or options that do not fit, naming both; or a backend asked for by name that cannot run,

@@ -1,6 +1,7 @@
 """`@pytest.mark.parametrize("backend", backends_of("op"))`: every backend that this machine can run.
 
-Triton runs on the GPU where there is one, else in its interpreter. The CPU kernel runs once per instruction set.
+Triton runs on the GPU where there is one, else in its interpreter. The CPU kernel runs once per instruction set. CUDA
+kernels run on the GPU where there is one, else emulated on the host, if the operation can be (tests/cuda_emulation).
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import fastmim.ops  # noqa: F401  (registers the operations)
 from fastmim.ops.backends import operations
 from fastmim.ops.extension import load_extension
+from tests.cuda_emulation import EMULATED, host_build
 
 
 class Backend(str):
@@ -25,16 +27,28 @@ class Backend(str):
         return self
 
     @property
+    def emulated(self) -> bool:
+        """A CUDA kernel on CPU tensors."""
+        return self.plain == "cuda" and self.device == "cpu"
+
+    @property
+    def interpreted(self) -> bool:
+        """A Triton kernel on CPU tensors: slow."""
+        return self.plain == "triton" and self.device == "cpu"
+
+    @property
     def plain(self) -> str:
         """For torch.compile, which wants exactly a str."""
         return str.__str__(self)
 
     @property
     def label(self) -> str:
-        return f"{self.plain}-{self.isa or self.device}"
+        return f"{self.plain}-{'emulated' if self.emulated else self.isa or self.device}"
 
 
 def _runnable(backend: Backend, op: str) -> str:
+    if backend.emulated:
+        return host_build.why_not() if op in EMULATED else f"{op} has no {backend.plain} kernel"
     if reason := operations()[op].why_not(backend.plain, backend.device):
         return reason
     if backend.isa:
@@ -48,13 +62,12 @@ def _runnable(backend: Backend, op: str) -> str:
 def backends_of(
     op: str, *, isas: tuple[str, ...] = ("portable", "avx2", "avx512"), reference: bool = True
 ) -> list[Any]:
-    """pytest parameters: the reference, the CPU kernel per instruction set, Triton, CUDA (on a GPU)."""
+    """pytest parameters: the reference, the CPU kernel per instruction set, Triton, CUDA."""
     gpu = torch.cuda.is_available()
     wanted = [Backend("reference")] if reference else []
     wanted += [Backend("cpu", "cpu", isa) for isa in isas]
     wanted += [Backend("triton", "cuda" if gpu else "cpu")]
-    if gpu:
-        wanted += [Backend("cuda", "cuda")]
+    wanted += [Backend("cuda", "cuda" if gpu else "cpu")]
     params = []
     for backend in wanted:
         reason = _runnable(backend, op)

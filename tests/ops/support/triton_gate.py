@@ -6,6 +6,7 @@ It runs in a process of its own, because TRITON_INTERPRET must not be set when t
 
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -38,13 +39,20 @@ def _compile(config: Any, target: int) -> dict[str, Any]:
     signature = {name: config.signature.get(name, "constexpr") for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in config.aligned}
     constants = {(names.index(name),): value for name, value in config.constants.items()}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    if config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
     compiled = triton.compile(
         ASTSource(config.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", target, 32),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
+        options=options,
     )
     usage = _resource_usage(compiled.asm["cubin"])
     return {"kernel": str(config), "target": target, "shared": compiled.metadata.shared, **usage}
+
+
+def _compile_one(place: int) -> dict[str, Any]:
+    return _compile(*wanted[place])
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -77,6 +85,9 @@ if __name__ == "__main__":
     missing = not_listed(sys.argv[1])
     if missing:
         sys.exit(f"{sys.argv[1]}: AHEAD_OF_TIME lists no configuration of {', '.join(missing)}")
-    for config in module.AHEAD_OF_TIME:
-        for target in TARGETS:
-            print(json.dumps(_compile(config, target)))
+    wanted = [(config, target) for config in module.AHEAD_OF_TIME for target in TARGETS]
+    workers = min(len(os.sched_getaffinity(0)), 8)
+    # Forked, so that a job is a place in the list: a kernel does not pickle.
+    with multiprocessing.get_context("fork").Pool(workers, maxtasksperchild=64) as pool:
+        for row in pool.imap(_compile_one, range(len(wanted)), chunksize=3):
+            print(json.dumps(row))
