@@ -8,12 +8,14 @@ import argparse
 import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,10 +26,13 @@ from benchmarks.table import show
 from fastmim.engine import OptimConfig
 from fastmim.engine.optimizer import create_optimizer, set_lr
 from fastmim.engine.step import TrainStep
-from fastmim.methods import create_method, list_methods
+from fastmim.methods import create_method, list_methods, method_config
 from fastmim.models import create_encoder
 
 _LR = 1e-4
+_MODELS = {"spark": "convnext_small", "fcmae": "convnextv2_tiny"}  # methods that take CNNs alone
+_MODEL = "vit_small_patch16_224"  # of the others
+_QUICK = {"spark": 64, "fcmae": 64}  # at least two cells of 32 pixels
 
 
 def our_step(method: Any, precision: str, batch_size: int) -> Callable[[Tensor], None]:
@@ -96,17 +101,25 @@ def count_flops(plain: nn.Module, images: Tensor) -> int:
 
 
 def step_case(
-    method_name: str, model: str, img_size: tuple[int, int], batch_size: int, precision: str, device: torch.device
+    method_name: str,
+    model: str,
+    img_size: tuple[int, int],
+    batch_size: int,
+    precision: str,
+    device: torch.device,
+    settings: Mapping[str, Any] | None = None,
 ) -> Case:
-    """The case of one method, encoder and precision; building it builds both models."""
+    """The case of one method, encoder and precision; building it builds both models. `settings` are the method's."""
     torch.manual_seed(0)
-    method = create_method(method_name, create_encoder(model, img_size=img_size), None, img_size).to(device).train()
+    cfg = method_config(method_name)(**(settings or {}))
+    method = create_method(method_name, create_encoder(model, img_size=img_size), cfg, img_size).to(device).train()
     plain = baseline_of(method)
     shape = (batch_size, method.encoder.in_chans, *img_size)
     size = f"{img_size[0]}px" if img_size[0] == img_size[1] else f"{img_size[0]}x{img_size[1]}px"
+    changed = "".join(f" {key}={value}" for key, value in (settings or {}).items())
     return Case(
         op=method_name,
-        case=f"{model} {size} B{batch_size}",
+        case=f"{model} {size} B{batch_size}{changed}",
         candidate=Side("auto", our_step(method, precision, batch_size), resident_bytes(method)),
         baseline=Side("plain PyTorch", plain_step(plain, precision), resident_bytes(plain)),
         inputs=lambda: (torch.randn(shape, device=device),),
@@ -128,7 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
     known = ", ".join(list_methods())
     parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help=f"of {known}; default: all that fit")
-    parser.add_argument("--model", nargs="+", default=["vit_small_patch16_224"], help="encoders, by timm's names")
+    own = ", ".join(f"{model} ({method})" for method, model in _MODELS.items())
+    help = f"encoders, by timm's names; default: {_MODEL}, or {own}"
+    parser.add_argument("--model", nargs="+", default=[], help=help)
+    help = "settings of the methods, where they have them: decoder=light mask_ratio=0.75"
+    parser.add_argument("--settings", nargs="+", type=_setting, default=[], metavar="KEY=VALUE", help=help)
     parser.add_argument("--img_size", type=_image_size, help="224 (the default), or 224x192 (height x width)")
     parser.add_argument("--batch_size", type=int, default=None, help="default: 16 on a CPU, 256 on a GPU")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="default: fp32")
@@ -139,20 +156,49 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _combinations(wanted: Sequence[str], models: Sequence[str], img_size: tuple[int, int]) -> list[tuple[str, str]]:
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is no setting; write KEY=VALUE, such as decoder=light")
+    return key, yaml.safe_load(value)
+
+
+def _sizes(given: tuple[int, int] | None, quick: bool, methods: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """The image size of every method."""
+    sides = {method: _QUICK.get(method, 32) if quick else 224 for method in methods}
+    return {method: given or (side, side) for method, side in sides.items()}
+
+
+def _settings_of(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that the method has."""
+    known = {item.name for item in fields(method_config(method))}
+    return {key: value for key, value in settings.items() if key in known}
+
+
+def _combinations(
+    wanted: Sequence[str],
+    models: Sequence[str],
+    sizes: Mapping[str, tuple[int, int]],
+    settings: Mapping[str, Any] | None = None,
+) -> list[tuple[str, str]]:
     """(method, model) pairs to measure. They are built without memory first: a method that was asked for and does not
     fit an encoder is an error before anything is measured; without names, such methods are left out.
 
     Raises:
-        ValueError: an unknown name, or a pair asked for that does not fit.
+        ValueError: an unknown name, a setting that no method has, or a pair asked for that does not fit.
     """
     pairs = []
-    for model in models:
-        for method in choose(wanted, list_methods(), "method"):
+    methods = choose(wanted, list_methods(), "method")
+    for key in settings or {}:
+        if not any(_settings_of(method, {key: None}) for method in methods):
+            raise ValueError(f"--settings {key}: none of {', '.join(methods)} has such a setting")
+    for method in methods:
+        for model in models or [_MODELS.get(method, _MODEL)]:
             with torch.device("meta"):
-                encoder = create_encoder(model, img_size=img_size)
+                encoder = create_encoder(model, img_size=sizes[method])
                 try:
-                    create_method(method, encoder, None, img_size)
+                    cfg = method_config(method)(**_settings_of(method, settings or {}))
+                    create_method(method, encoder, cfg, sizes[method])
                 except ValueError as error:
                     if wanted:
                         raise
@@ -166,8 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         device = prepare_machine(options)
-        img_size = options.img_size or ((32, 32) if options.quick else (224, 224))
-        pairs = _combinations(options.methods, options.model, img_size)
+        settings_given = dict(options.settings)
+        sizes = _sizes(options.img_size, options.quick, list_methods())
+        pairs = _combinations(options.methods, options.model, sizes, settings_given)
         batch_size = options.batch_size or (2 if options.quick else 256 if device.type == "cuda" else 16)
         if batch_size < 2:
             raise ValueError(f"--batch_size {batch_size}: at least 2 images are needed")
@@ -191,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures: list[str] = []
     for (method, model), precision in itertools.product(pairs, options.precision):
         try:
-            case = step_case(method, model, img_size, batch_size, precision, device)
+            own = _settings_of(method, settings_given)
+            case = step_case(method, model, sizes[method], batch_size, precision, device, own)
         except (ValueError, RuntimeError) as error:
             failures.append(f"{method} {model} {precision}: {error}")
             continue

@@ -99,7 +99,7 @@ def test_help_explains_and_lists_recipes(capsys):
         parse(["--help"])
     text = capsys.readouterr().out
     assert left.value.code == 0
-    for word in ("--epochs", "--data.root", "--method.mask_ratio", "--engine.checkpoint_every", "digits", "a2mim, mae"):
+    for word in ("--epochs", "--data.root", "--method.mask_ratio", "--engine.checkpoint_every", "digits", "a2mim, fcmae, mae"):
         assert word in text
 
 

@@ -28,6 +28,13 @@ CASES = [
     ("a2mim", "resnet50", SMALL_RESNET, {"freq.form": "code", "freq.focal": False}),
     ("a2mim", "convnext_tiny", SMALL_CONVNEXT, {"freq.replacement": "mean"}),
     ("a2mim", "convnextv2_tiny", SMALL_CONVNEXT, {"freq.weight": 0.0}),
+    ("spark", "resnet18", SMALL_RESNET, {"decoder_width": 64}),
+    ("spark", "resnet50", SMALL_RESNET, {"decoder": "light", "decoder_width": 32}),
+    ("spark", "convnext_tiny", SMALL_CONVNEXT, {"decoder_width": 32}),
+    ("spark", "convnext_tiny", SMALL_CONVNEXT, {"decoder": "light", "decoder_width": 32}),
+    ("fcmae", "convnextv2_tiny", SMALL_CONVNEXT, {"decoder_dim": 40}),
+    ("fcmae", "convnext_tiny", SMALL_CONVNEXT, {"decoder_dim": 40, "decoder_depth": 2, "norm_pix_loss": False}),
+    ("fcmae", "resnet18", SMALL_RESNET, {"decoder_dim": 40}),
 ]
 
 

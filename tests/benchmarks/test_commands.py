@@ -53,17 +53,40 @@ def test_throughput_of_all_methods_on_a_small_image(device, tmp_path, capsys):
         assert row["peak_mb"] > 4 * 5.3 * 4  # weights, gradients and AdamW's averages of 5.3 million parameters
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_methods_on_tiles_are_measured_with_cnns_and_settings(device, tmp_path, capsys):
+    path = tmp_path / "throughput.json"
+    arguments = ["--quick", "--device", device, "--model", "convnextv2_tiny", "--json", str(path)]
+    arguments += ["--methods", "fcmae", "spark", "--settings", "decoder=light", "decoder_dim=64"]
+    assert throughput.main(arguments) == 0, capsys.readouterr().err
+    assert [row["case"] for row in read_rows(path)] == [
+        "convnextv2_tiny 64px B2 decoder_dim=64",
+        "convnextv2_tiny 64px B2 decoder=light",
+    ]
+
+
+def test_methods_without_a_model_get_one_that_fits():
+    sizes = throughput._sizes(None, True, throughput.list_methods())
+    pairs = dict(throughput._combinations(["mae", "spark", "fcmae"], [], sizes))
+    assert pairs == {"mae": "vit_small_patch16_224", "spark": "convnext_small", "fcmae": "convnextv2_tiny"}
+
+
 def test_a_method_that_does_not_fit_is_an_error_only_when_asked_for(capsys):
     assert throughput.main(["--model", "resnet18", "--methods", "mae", *TINY]) == 2
     assert "mae" in capsys.readouterr().err
-    pairs = throughput._combinations([], ["resnet18"], (32, 32))
+    pairs = throughput._combinations([], ["resnet18"], throughput._sizes((32, 32), True, throughput.list_methods()))
     assert ("a2mim", "resnet18") in pairs
     assert ("mae", "resnet18") not in pairs
 
 
 @pytest.mark.parametrize(
     "arguments, named",
-    [(["--methods", "maee"], "mae"), (["--model", "vit_tny"], "vit_tny"), (["--batch_size", "1"], "1")],
+    [
+        (["--methods", "maee"], "mae"),
+        (["--model", "vit_tny"], "vit_tny"),
+        (["--batch_size", "1"], "1"),
+        (["--settings", "decoderr=light"], "decoderr"),
+    ],
 )
 def test_wrong_throughput_options_exit_2(arguments, named, capsys):
     assert throughput.main([*arguments, "--device", "cpu"]) == 2
