@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 RECIPES = Path(__file__).parent / "recipes"
+_CNNS = {"spark": "resnet18", "fcmae": "convnextv2_atto"}  # the encoder of methods that take CNNs only, by default
 
 
 class ConfigError(ValueError):
@@ -45,7 +46,7 @@ class ModelConfig:
 
     name: str | None = None
     """Encoder, by timm's name (vit_base_patch16_224, resnet50, convnext_small, ...). Without one: a small ViT
-    whose patch suits the image size."""
+    whose patch suits the image size, or a small CNN for methods that take CNNs only."""
     patch_size: int | None = None
     """Side of a ViT's patch in pixels. Without one: the model's own."""
     drop_path_rate: float = 0.0
@@ -74,7 +75,8 @@ class TrainConfig:
     batch_size: int = 128
     """Images per step, over all processes and accumulated micro-batches together."""
     img_size: int | tuple[int, int] | None = None
-    """Side of the training images in pixels, or height,width. 224 for folders and 32 for digits where not given."""
+    """Side of the training images in pixels, or height,width. Where not given: 224 for folders; for digits 32, or 96
+    for methods on CNNs, whose mask has cells of 32 pixels."""
     seed: int = 0
     """Decides every random draw: weights, order of images, crops, masks."""
     out: Path | None = None
@@ -109,10 +111,13 @@ class TrainConfig:
 
 def settle(cfg: TrainConfig) -> TrainConfig:
     """Fill in what was left open and depends on other settings: size, length, encoder and its patch."""
+    cnn = _CNNS.get(cfg.method_name)
     if cfg.img_size is None:
-        cfg.img_size = 32 if uses_digits(cfg.data) else 224
+        cfg.img_size = 224 if not uses_digits(cfg.data) else 96 if cnn else 32
     if cfg.epochs is None and cfg.max_steps is None:
         cfg.epochs = 100
+    if cfg.model.name is None and cnn:
+        cfg.model.name = cnn
     if cfg.model.name is None:
         cfg.model.name = "vit_tiny_patch16_224"
         if cfg.model.patch_size is None:

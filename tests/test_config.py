@@ -75,6 +75,14 @@ def test_without_a_recipe_the_patch_suits_the_image(method, size, patch, images)
     assert (cfg.model.name, cfg.model.patch_size, cfg.epochs) == ("vit_tiny_patch16_224", patch, 100)
 
 
+@pytest.mark.parametrize("method, encoder", [("spark", "resnet18"), ("fcmae", "convnextv2_atto")])
+def test_methods_on_cnns_get_a_cnn_and_images_of_several_cells(method, encoder, tmp_path):
+    cfg = parse(["--method", method])
+    assert (cfg.model.name, cfg.img_size, cfg.model.patch_size) == (encoder, 96, None)
+    cfg = parse(["--method", method, "--model", "resnet50", "--data.root", str(tmp_path)])
+    assert (cfg.model.name, cfg.img_size) == ("resnet50", 224)
+
+
 def test_dashes_are_as_good_as_underscores():
     assert parse(["--batch-size", "16"]).batch_size == 16
 
@@ -99,7 +107,14 @@ def test_help_explains_and_lists_recipes(capsys):
         parse(["--help"])
     text = capsys.readouterr().out
     assert left.value.code == 0
-    for word in ("--epochs", "--data.root", "--method.mask_ratio", "--engine.checkpoint_every", "digits", "a2mim, fcmae, mae"):
+    for word in (
+        "--epochs",
+        "--data.root",
+        "--method.mask_ratio",
+        "--engine.checkpoint_every",
+        "digits",
+        "a2mim, fcmae, mae",
+    ):
         assert word in text
 
 

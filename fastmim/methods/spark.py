@@ -30,7 +30,7 @@ class SparKConfig:
     """full: the paper's, over the maps of all four stages (12 GMAC at 224 pixels, more than a ResNet-50). light: not
     the paper's; FCMAE's single block over the last map (0.2 GMAC), for twice the speed."""
     decoder_width: int | None = None
-    """Width of the decoder at its deepest level. None: 768 for full, 512 for light."""
+    """Width of the decoder at its deepest level. None: 768 for full, 512 for light, or the encoder's where less."""
 
 
 class SparK(Method):
@@ -67,7 +67,7 @@ class SparK(Method):
             self.decoder = SparKDecoder(
                 channels,
                 [stage.stride for stage in on_tiles.outputs],
-                width=cfg.decoder_width or 768,
+                width=cfg.decoder_width or _width(768, encoder),
                 out_chans=encoder.in_chans,
                 batch_norm=batch_norm,
             )
@@ -75,7 +75,9 @@ class SparK(Method):
             logger.info("spark: light decoder, one ConvNeXt V2 block over the last stage; the paper's is decoder=full.")
             norm = MaskedBatchNorm2d(channels[-1]) if batch_norm else MaskedLayerNorm2d(channels[-1])
             values = self.cell * self.cell * encoder.in_chans
-            self.decoder = LightDecoder(norm, FCMAEDecoder(channels[-1], values, dim=cfg.decoder_width or 512))
+            self.decoder = LightDecoder(
+                norm, FCMAEDecoder(channels[-1], values, dim=cfg.decoder_width or _width(512, encoder))
+            )
 
     def forward(self, batch: Batch) -> Output:
         return self.predict_removed(batch.images, random_mask(batch.size, self.num_cells, self.num_keep, batch.rng))
@@ -96,6 +98,11 @@ class SparK(Method):
         """As the official run: tokens too."""
         tokens = {name for name, _ in self.named_parameters() if name.endswith("mask_token")}
         return super().no_weight_decay() | tokens
+
+
+def _width(wanted: int, encoder: Encoder) -> int:
+    """At most the encoder's, and something that five levels can halve."""
+    return max(min(wanted, encoder.num_features) // 32, 1) * 32
 
 
 class LightDecoder(nn.Module):

@@ -103,6 +103,13 @@ def test_twenty_of_49_cells_are_kept_and_widths_halve():
     assert draw(method).mask.sum(1).tolist() == [29, 29]
 
 
+def test_small_encoders_have_a_decoder_of_their_width():
+    assert spark(small_convnext(), decoder_width=None).decoder.blocks[0].up.in_channels == 32
+    with torch.device("meta"):
+        method = create_method("spark", create_encoder("resnet18"), None, 96)
+    assert method.decoder.blocks[0].up.in_channels == 512
+
+
 def test_equal_widths_need_no_projection_and_the_decoder_has_23_million_parameters():
     with torch.device("meta"):
         method = create_method("spark", create_encoder("convnext_small"), None, 224)
