@@ -14,7 +14,7 @@ __all__ = ["REACH", "TileIndex", "tile_index_ref"]
 
 REACH = 3  # cells to each side in the neighbour table: a 7x7 kernel at one position a tile looks that far
 WINDOW = 2 * REACH + 1
-_backends = Backends("tile_index", cpu="tile_index")
+_backends = Backends("tile_index", cpu="tile_index", triton="fastmim.kernels.tile_index")
 
 
 def tile_index_ref(ids_keep: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ class TileIndex:
         Args:
             ids_keep: [B, K] int64, as `random_mask` gives it: distinct cells of each image, in [0, gh * gw).
             grid: (gh, gw), cells in a column and in a row of the image; gh * gw >= K >= 1.
-            backend: "reference" or "cpu"; chosen by device when None.
+            backend: "reference", "cpu" or "triton"; chosen by device when None.
 
         Returns:
             The index, on the device of `ids_keep`.
@@ -102,6 +102,9 @@ torch.library.define(
 def _run(ids_keep: Tensor, gh: int, gw: int, backend: str) -> tuple[Tensor, Tensor]:
     ids_keep = ids_keep.contiguous()
     slots, neighbours = _fake(ids_keep, gh, gw, backend)
+    if backend == "triton":
+        _backends.triton().tile_index(ids_keep, slots, neighbours, (gh, gw))
+        return slots, neighbours
     compiled().tile_index(*ids_keep.shape, gh, gw, ids_keep.data_ptr(), slots.data_ptr(), neighbours.data_ptr())
     return slots, neighbours
 
