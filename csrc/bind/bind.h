@@ -17,6 +17,7 @@ using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
 
 void bind_frequency_loss(pybind11::module_& m);
 void bind_masked_patch_loss(pybind11::module_& m);
+void bind_pages(pybind11::module_& m);
 void bind_random_mask(pybind11::module_& m);
 
 }  // namespace fastmim

@@ -40,5 +40,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   fastmim::bind_frequency_loss(m);
   fastmim::bind_masked_patch_loss(m);
+  fastmim::bind_pages(m);
   fastmim::bind_random_mask(m);
 }

@@ -65,7 +65,7 @@ def _error(
         if MEAN:
             error += tl.where(removed, 0.0, mean_weight * (tl.load(means + b * C + c) - true))
         total += error
-    tl.store(out + plane * H * W + pixel, total / members, mask=inside)
+    tl.store(out + plane * H * W + pixel, tl.div_rn(total, members * 1.0), mask=inside)
 
 
 @triton.jit
@@ -118,11 +118,11 @@ def _spectrum(
         value, slope = weight * square, 2.0 * weight
     elif KIND == MODULUS:
         weight = _power(r, exponent, POWER)
-        value, slope = weight * r, tl.where(r > 0, weight, 0.0) / divisor
+        value, slope = weight * r, tl.div_rn(tl.where(r > 0, weight, 0.0), divisor)
     elif KIND == SPATIAL_L1:
-        value, slope = pixel_loss(r, L1), pixel_slope(r, L1) / divisor
+        value, slope = pixel_loss(r, L1), tl.div_rn(pixel_slope(r, L1), divisor)
     else:
-        value, slope = pixel_loss(r, FOCAL_L1), pixel_slope(r, FOCAL_L1) / divisor
+        value, slope = pixel_loss(r, FOCAL_L1), tl.div_rn(pixel_slope(r, FOCAL_L1), divisor)
     tl.store(gradient + at, re * slope, mask=inside)
     tl.store(gradient + at + 1, im * slope, mask=inside)
     column = index % R
@@ -159,7 +159,7 @@ def _finish(
         greatest = _power(tl.sqrt_rn(tl.max(most)), exponent, POWER)
         if KIND == LOG:
             greatest = _log1p(greatest)
-        result = tl.where(greatest > 0, scale / tl.where(greatest > 0, greatest, 1.0), 0.0)
+        result = tl.where(greatest > 0, tl.div_rn(scale, tl.where(greatest > 0, greatest, 1.0)), 0.0)
     tl.store(factor + image, result)
     tl.store(value + image, (tl.sum(total) * result).to(tl.float64))
 

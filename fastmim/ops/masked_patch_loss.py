@@ -111,6 +111,7 @@ def _backward(
     if backend == "triton":
         _backends.triton().backward(grad_loss, prediction, image, mask, (p, q), loss, statistics, scale, gradient)
     else:
+        compiled().prefer_large_pages(gradient.data_ptr(), gradient.nbytes)
         compiled().masked_patch_loss_backward(
             _shape(image, p, q),
             _patches(prediction, image, p, q),

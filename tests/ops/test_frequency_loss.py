@@ -102,9 +102,10 @@ def test_one_transform_of_a_scaled_error_is_the_definition(shape, patch, replace
 ])  # fmt: skip
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_reference(backend, way, shape, patch, replacement, visible_weight, layout, dtype):
+    """Three times torch's error, not two: one frequency, the greatest, scales the whole loss, so its last bit shows."""
     prediction, image, mask = make(shape, patch, dtype)
     assert_as_good_as_torch(
-        frequency_loss, frequency_loss_ref, layout(prediction), layout(image), mask, patch, backend=backend,
+        frequency_loss, frequency_loss_ref, layout(prediction), layout(image), mask, patch, backend=backend, slack=3.0,
         replacement=replacement, visible_weight=visible_weight, **WAYS[way],
     )  # fmt: skip
 
@@ -257,10 +258,9 @@ def test_gradients_of_the_reference(options):
 
 @pytest.mark.parametrize("form", ["paper", "code"])
 @pytest.mark.parametrize("backend", backends_of("frequency_loss", reference=False, isas=("portable", "avx512")))
-def test_threads_do_not_change_a_bit(backend, form):
-    if backend.plain == "triton":
-        pytest.skip("runs on one thread here")
-    prediction, image, mask = make((5, 3, 96, 112), (16, 16))
+def test_runs_and_threads_do_not_change_a_bit(backend, form):
+    shape = (2, 3, 32, 32) if backend.label == "triton-cpu" else (5, 3, 96, 112)
+    prediction, image, mask = make(shape, (16, 16), device=backend.device)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
