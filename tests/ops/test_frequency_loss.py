@@ -247,6 +247,19 @@ def test_visible_pixels_without_weight_are_not_read(backend, form):
     assert (gradient[visible] == 0).all()
 
 
+@pytest.mark.parametrize("form", ["paper", "code"])
+@pytest.mark.parametrize("backend", backends_of("frequency_loss", reference=False, isas=("avx512",)))
+def test_more_than_two_to_the_31_elements_between_images(backend, form):
+    prediction, image, mask = make((2, 3, 16, 16), (8, 8), device=backend.device)
+    expected = frequency_loss(prediction, image, mask, 8, form=form, backend=backend)
+    try:
+        memory = torch.empty(2**31 + image.numel(), dtype=torch.float32, device=backend.device)
+    except RuntimeError:
+        pytest.skip("no room for 8 GB of addresses")
+    far = memory.as_strided(image.shape, (2**31, *image.stride()[1:])).copy_(image)
+    assert torch.equal(frequency_loss(prediction, far, mask, 8, form=form, backend=backend), expected)
+
+
 @pytest.mark.parametrize("options", [{"focal": False}, {"form": "code", "focal": False, "spatial": "focal_l1"}])
 def test_gradients_of_the_reference(options):
     """Only where no weight or replacement is held constant: a difference quotient knows nothing of constants."""

@@ -169,6 +169,20 @@ def test_a_large_gradient_is_written_around_the_caches(as_image):
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-11)
 
 
+@pytest.mark.parametrize("backend", backends_of("masked_patch_loss", reference=False, isas=("avx512",)))
+def test_more_than_two_to_the_31_elements_between_images(backend):
+    prediction, image, mask = make((2, 3, 16, 16), (8, 8), as_image=True, device=backend.device)
+    expected = masked_patch_loss(prediction, image, mask, 8, norm_pix=True, backend=backend)
+    try:
+        memory = torch.empty(2**31 + image.numel(), dtype=torch.float32, device=backend.device)
+    except RuntimeError:
+        pytest.skip("no room for 8 GB of addresses")
+    far = memory.as_strided(image.shape, (2**31, *image.stride()[1:])).copy_(image)
+    assert torch.equal(masked_patch_loss(prediction, far, mask, 8, norm_pix=True, backend=backend), expected)
+    far.copy_(prediction)
+    assert torch.equal(masked_patch_loss(far, image, mask, 8, norm_pix=True, backend=backend), expected)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("as_image", [False, True])
 def test_gradients_of_the_reference(as_image, loss):
