@@ -50,8 +50,6 @@ class ModelConfig:
     """Side of a ViT's patch in pixels. Without one: the model's own."""
     drop_path_rate: float = 0.0
     """Stochastic depth: the last block is skipped with this probability, earlier ones proportionally less."""
-    in_chans: int | None = None
-    """Channels of the images. Without one: those of the data."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the encoder, by timm's names, such as {init_values: 0.1}."""
 
@@ -139,6 +137,8 @@ def check(cfg: TrainConfig) -> None:
         _at_least("img_size", side, 1)
     if cfg.epochs is not None and not cfg.epochs > 0:
         raise ConfigError(f"epochs: {cfg.epochs:g} is not above 0")
+    if cfg.batch_size % cfg.optim.accumulate:
+        raise ConfigError(f"batch_size: {cfg.batch_size} is not divisible by optim.accumulate {cfg.optim.accumulate}")
     ratio = getattr(cfg.method, "mask_ratio", None)
     if ratio is not None and not 0 < ratio < 1:
         raise ConfigError(
@@ -236,8 +236,10 @@ def _plain(value: Any) -> Any:
 
 
 def to_yaml(cfg: TrainConfig) -> str:
-    """The whole configuration; `--config FILE` with it starts the same run again."""
-    return yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True, default_flow_style=None)
+    """The settings of a run; `--config FILE` with them starts the same run again, in a folder of its own."""
+    return yaml.safe_dump(
+        to_dict(cfg) | {"out": None, "resume": "auto"}, sort_keys=False, allow_unicode=True, default_flow_style=None
+    )
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -53,10 +53,8 @@ def choose_place(cfg: TrainConfig) -> Place:
     if cfg.out is not None:
         if not _holds_run(cfg.out):
             return Place(cfg.out)
-        if cfg.resume == "never":
-            raise ConfigError(
-                f"out: {cfg.out} already holds a run, and resume is never; choose another --out or remove it"
-            )
+        if cfg.resume == "never":  # the run folder moves what is there to previous-1/
+            return Place(cfg.out)
         return Place(cfg.out, "auto", _agreeing(cfg.out, cfg))
     number = 1
     while (folder := Path("runs") / (cfg.name if number == 1 else f"{cfg.name}-{number}")).exists():

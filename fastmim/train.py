@@ -108,8 +108,8 @@ def measure(encoder: "Encoder", cfg: TrainConfig) -> dict[str, "Score"]:
 def introduce(cfg: TrainConfig, place: Place, source: "Source", method: "Method") -> None:
     """What is about to happen; the trainer adds device, precision, rate and steps."""
     say = logger.info
-    count = sum(p.numel() for p in method.encoder.parameters()) / 1e6
-    say("%s with %s (%.1f M parameters), images of %dx%d", cfg.method_name, cfg.model.name, count, *cfg.size)
+    count = sum(p.numel() for p in method.encoder.parameters())
+    say("%s with %s (%.3g M parameters), images of %dx%d", cfg.method_name, cfg.model.name, count / 1e6, *cfg.size)
     classes = f"in {len(source.classes)} classes" if source.classes else "without labels"
     say("%s: %d images %s", source.name, len(source), classes)
     if cfg.optim.base_lr is not None:
