@@ -4,6 +4,7 @@ A run's settings come from layers, the later one winning: the defaults of these 
 command line. `fastmim.command_line.parse` joins them; this file knows nothing of argument strings.
 """
 
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,10 @@ def check(cfg: TrainConfig) -> None:
     _at_least("seed", cfg.seed, 0)
     for side in cfg.size:
         _at_least("img_size", side, 1)
-    if cfg.epochs is not None and not cfg.epochs > 0:
-        raise ConfigError(f"epochs: {cfg.epochs:g} is not above 0")
+    if cfg.seed >= 2**63:
+        raise ConfigError(f"seed: {cfg.seed} is too large; it must be below 2^63")
+    if cfg.epochs is not None and not 0 < cfg.epochs < math.inf:
+        raise ConfigError(f"epochs: {cfg.epochs:g} is not a number above 0")
     if cfg.batch_size % cfg.optim.accumulate:
         raise ConfigError(f"batch_size: {cfg.batch_size} is not divisible by optim.accumulate {cfg.optim.accumulate}")
     ratio = getattr(cfg.method, "mask_ratio", None)

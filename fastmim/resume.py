@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmim.config import ConfigError, TrainConfig, differences, read_yaml, run_of, to_dict
+from fastmim.engine.run_folder import is_locked
 
 __all__ = ["Place", "choose_place", "is_finished"]
 
@@ -58,7 +59,8 @@ def choose_place(cfg: TrainConfig) -> Place:
         return Place(cfg.out, "auto", _agreeing(cfg.out, cfg))
     number = 1
     while (folder := Path("runs") / (cfg.name if number == 1 else f"{cfg.name}-{number}")).exists():
-        if cfg.resume == "auto" and _holds_run(folder) and not is_finished(folder) and not _compare(folder, cfg):
+        unfinished = _holds_run(folder) and not is_finished(folder) and not is_locked(folder)
+        if cfg.resume == "auto" and unfinished and not _compare(folder, cfg):
             return Place(folder, "auto")
         number += 1
     return Place(folder)

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmim.command_line import command, load_config
+from fastmim.command_line import command, load_config, parse
 from fastmim.config import ConfigError
 from fastmim.evaluation import load_encoder
+from fastmim.resume import choose_place
 from fastmim.train import main
 
 TINY = shlex.split(
@@ -83,6 +84,25 @@ def test_a_finished_run_is_not_overwritten_but_numbered():
         "digits-vit_tiny_patch16_224",
         "digits-vit_tiny_patch16_224-2",
     ]
+
+
+def test_a_run_in_progress_is_left_alone():
+    main([*DIGITS, "--max_steps", "1"])
+    run = only_run()
+    (run / "exit.json").unlink()  # as if it were not at its end
+    place = choose_place(parse([*DIGITS, "--max_steps", "1"]))
+    assert (place.folder.name, place.resume) == (run.name, "auto")
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(run / "run.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    place = choose_place(parse([*DIGITS, "--max_steps", "1"]))
+    assert (place.folder.name, place.resume) == (f"{run.name}-2", "never")
+    holder.communicate(b"\n")
 
 
 def test_a_config_file_does_the_run_again_elsewhere():
