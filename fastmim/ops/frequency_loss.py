@@ -275,7 +275,12 @@ def _differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | No
     return gradient, *[None] * 14
 
 
+def _refuse(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError("frequency_loss: there is no second derivative, its weights are constants by definition")
+
+
 torch.library.register_autograd("fastmim::frequency_loss", _differentiate, setup_context=_save)
+torch.library.register_autograd("fastmim::frequency_loss_backward", _refuse)
 
 
 def frequency_loss(

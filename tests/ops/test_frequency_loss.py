@@ -269,6 +269,19 @@ def test_gradients_of_the_reference(options):
     )
 
 
+@pytest.mark.parametrize("backend", backends_of("frequency_loss", reference=False, isas=("avx512",)))
+def test_the_gradient_is_a_constant(backend):
+    """A second derivative fails, whether by the prediction or by a learned weight of the loss."""
+    prediction, image, mask = make((1, 3, 8, 16), (8, 8), device=backend.device)
+    value = frequency_loss(prediction.requires_grad_(), image, mask, 8, backend=backend)
+    assert not torch.autograd.grad(value, prediction, create_graph=True)[0].requires_grad
+    weight = torch.ones((), device=backend.device, requires_grad=True)
+    value = weight * frequency_loss(prediction, image, mask, 8, backend=backend)
+    (gradient,) = torch.autograd.grad(value, prediction, create_graph=True)
+    with pytest.raises(RuntimeError, match="there is no second derivative"):
+        gradient.square().sum().backward()
+
+
 @pytest.mark.parametrize("form", ["paper", "code"])
 @pytest.mark.parametrize("backend", backends_of("frequency_loss", reference=False, isas=("portable", "avx512")))
 def test_runs_and_threads_do_not_change_a_bit(backend, form):

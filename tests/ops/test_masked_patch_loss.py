@@ -196,6 +196,15 @@ def test_gradients_of_the_reference(as_image, loss):
     assert torch.autograd.gradgradcheck(function, prediction)
 
 
+@pytest.mark.parametrize("backend", backends_of("masked_patch_loss", reference=False, isas=("avx512",)))
+def test_a_second_derivative_by_a_kernel_is_refused(backend):
+    prediction, image, mask = make((1, 3, 8, 16), (8, 8), device=backend.device)
+    value = masked_patch_loss(prediction.requires_grad_(), image, mask, 8, backend=backend)
+    (gradient,) = torch.autograd.grad(value, prediction, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
+        gradient.square().sum().backward()
+
+
 def test_the_image_gets_no_gradient():
     prediction, image, mask = make((2, 3, 16, 16), (8, 8))
     for backend in ("reference", "cpu"):
