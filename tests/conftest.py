@@ -1,9 +1,15 @@
-"""Real photographs for every test that needs a folder of images."""
+"""Real photographs for every test that needs a folder of images; Triton's interpreter where there is no GPU."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Here, and not beside the operations' tests, because it must come before anything at all imports triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if TYPE_CHECKING:
     from PIL import Image
