@@ -31,6 +31,7 @@ collect_ignore = [] if importlib.util.find_spec("jsonargparse") else NEED_JSONAR
 def pytest_report_header() -> str | None:
     return f"jsonargparse is not installed; left out: {', '.join(collect_ignore)}" if collect_ignore else None
 
+
 if TYPE_CHECKING:
     from PIL import Image
 
