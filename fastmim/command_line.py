@@ -28,7 +28,7 @@ from fastmim.config import (
     settle,
     to_yaml,
 )
-from fastmim.engine.errors import exit_code
+from fastmim.engine.errors import CTRL_C, PREEMPTED, exit_code
 from fastmim.methods import list_methods, method_config
 from fastmim.words import did_you_mean, hide_groups, key_types, split_words, typed_value
 
@@ -202,13 +202,13 @@ def command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None 
     try:
         code = main(list(sys.argv[1:] if argv is None else argv)) or 0
     except KeyboardInterrupt:
-        code = 130
+        code = CTRL_C
         print("stopped", file=sys.stderr)
     except Exception as error:
         code = _code_of(error)
         if code == 1:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(error if code in (PREEMPTED, CTRL_C) else f"error: {error}", file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -258,9 +258,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values are not the same, with both values."""
+    """Dotted keys that both have, with values that are not the same. (Another version may have had other keys.)"""
     one, two = flat(old), flat(new)
-    return {key: (one.get(key), two.get(key)) for key in one | two if one.get(key) != two.get(key)}
+    return {key: (one[key], two[key]) for key in one if key in two and one[key] != two[key]}
 
 
 def build(cls: type, values: dict[str, Any]) -> Any:

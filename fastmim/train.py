@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         before = measure(untrained, cfg) if untrained is not None else {}
         result = trainer.fit()
         after = measure(load_encoder(run.path)[0], cfg) if cfg.evaluate else {}
-        conclude(cfg, run, result, before, after)
+        conclude(cfg, run, source, result, before, after)
 
 
 def build(cfg: TrainConfig) -> tuple["Source", "Method"]:
@@ -120,7 +120,12 @@ def introduce(cfg: TrainConfig, place: Place, source: "Source", method: "Method"
 
 
 def conclude(
-    cfg: TrainConfig, run: "RunFolder", result: "FitResult", before: dict[str, "Score"], after: dict[str, "Score"]
+    cfg: TrainConfig,
+    run: "RunFolder",
+    source: "Source",
+    result: "FitResult",
+    before: dict[str, "Score"],
+    after: dict[str, "Score"],
 ) -> None:
     """What came out, where it lies, what to do next."""
     say = logger.info
@@ -137,7 +142,10 @@ def conclude(
     say("pictures     %s", result.picture)
     say("checkpoint   %s", result.checkpoint)
     say("metrics      %s", run.metrics)
-    say("next: write the encoder for timm with\n  python -m fastmim.export %s", run.path)
+    if source.labels is not None and not after:
+        root = f" --data.root {cfg.data.root}" if cfg.data.root else ""
+        say("judge it:\n  python -m fastmim.evaluate linear --checkpoint %s%s", run.path, root)
+    say("next, write the encoder for timm:\n  python -m fastmim.export %s", run.path)
 
 
 if __name__ == "__main__":
