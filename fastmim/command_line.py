@@ -6,18 +6,14 @@ recipe is answered as precisely as one on the command line.
 """
 
 import errno
-import json
 import sys
-import types
 import typing
-from argparse import SUPPRESS, ArgumentError
+from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser
 
 from fastmim.config import (
     ConfigError,
@@ -32,12 +28,11 @@ from fastmim.config import (
     settle,
     to_yaml,
 )
-from fastmim.engine.errors import exit_code
+from fastmim.engine.errors import CTRL_C, PREEMPTED, exit_code
 from fastmim.methods import list_methods, method_config
+from fastmim.words import did_you_mean, hide_groups, key_types, split_words, typed_value
 
 __all__ = ["ConfigError", "command", "load_config", "parse"]
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 DEFAULT_RECIPE = "digits"
 FLAGS = ("help", "print_config", "config")  # words that are no settings
@@ -52,9 +47,8 @@ OVERRULES = {
     "optim.warmup_steps": ["optim.warmup_epochs"],
 }
 
-Layer = tuple[
-    str, dict[str, Any]
-]  # where it comes from ("" is the command line); dotted key -> value, text or plain YAML
+Layer = tuple[str, dict[str, Any]]
+"""Where it comes from ("": the command line), and dotted key -> value, as text or as YAML has it."""
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
@@ -64,14 +58,18 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         ConfigError: an unknown key, a wrong type, an impossible value or combination: in one or two sentences.
         SystemExit: with 0, after --help or --print_config.
     """
-    words = _words(argv)
+    words = split_words(argv)
+    for short in ("method", "model"):
+        if short in words:
+            words[f"{short}.name"] = words.pop(short)
     layers = _layers(words)
     method = _method_of(layers)
-    types_of = _schema(method)
+    types_of = key_types(TrainConfig) | {"method.name": str} | key_types(method_config(method), "method.")
+    del types_of["method"], types_of["method_name"]
     parser = _parser(method)
     merged: dict[str, Any] = {}
     for where, layer in layers:
-        given = {key: _typed(parser, where, key, value, types_of) for key, value in layer.items()}
+        given = {key: typed_value(parser, where, key, value, types_of) for key, value in layer.items()}
         _merge(where, merged, given)
     parser.set_defaults(merged)
     if "help" in words:
@@ -91,25 +89,6 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 def load_config(file: Path) -> TrainConfig:
     """The configuration in a run's config.yaml."""
     return parse(["--config", str(file)])
-
-
-def _words(argv: Sequence[str]) -> dict[str, str | None]:
-    """`--key value`, `--key=value` and `--flag` as {key: text or None}; the last one of a key counts."""
-    words: dict[str, str | None] = {}
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        if word == "-h":
-            word = "--help"
-        if not word.startswith("--") or word == "--":
-            raise ConfigError(f"{word}: not understood here; options are written --key value, as --epochs 100")
-        key, equals, value = word[2:].partition("=")
-        text: str | None = value if equals else None
-        if not equals and rest and not rest[0].startswith("--") and rest[0] != "-h":
-            text = rest.pop(0)
-        key = key.replace("-", "_")
-        words[{"method": "method.name", "model": "model.name"}.get(key, key)] = text
-    return words
 
 
 def _layers(words: dict[str, str | None]) -> list[Layer]:
@@ -164,28 +143,11 @@ def _method_of(layers: list[Layer]) -> str:
             raise ConfigError(f"method: {asked} conflicts with {owner}, whose method is {name}; give one of the two")
         name, owner = str(asked), where
     if name not in list_methods():
+        known = ", ".join(list_methods())
         raise ConfigError(
-            f"method: there is no method {name!r}; {_mean(name, list_methods())}there are: {', '.join(list_methods())}"
+            f"method: there is no method {name!r}; {did_you_mean(name, list_methods())}there are: {known}"
         )
     return name
-
-
-def _schema(method: str) -> dict[str, Any]:
-    """Every dotted key and its type."""
-
-    def walk(cls: Any, prefix: str) -> dict[str, Any]:
-        keys: dict[str, Any] = {}
-        for item in fields(cls):
-            keys |= (
-                walk(item.type, f"{prefix}{item.name}.")
-                if is_dataclass(item.type)
-                else {f"{prefix}{item.name}": item.type}
-            )
-        return keys
-
-    keys = walk(TrainConfig, "") | {"method.name": str} | walk(method_config(method), "method.")
-    del keys["method"], keys["method_name"]
-    return keys
 
 
 def _parser(method: str) -> ArgumentParser:
@@ -207,36 +169,13 @@ def _parser(method: str) -> ArgumentParser:
     parser.add_class_arguments(TrainConfig, skip={"method", "method_name"})
     parser.add_class_arguments(method_config(method), "method")
     parser.add_argument("--method.name", default=method, help=SUPPRESS)
-    for action in parser._actions:  # of a group jsonargparse would also read a file; here the word takes a name
+    for action in parser._actions:
         if action.dest == "method":
             action.metavar, action.help = "NAME", f"The method: {', '.join(list_methods())}."
         elif action.dest == "model":
             action.metavar, action.help = "NAME", "Short for --model.name."
-        elif action.help == "Path to a configuration file.":
-            action.help = SUPPRESS
+    hide_groups(parser)
     return parser
-
-
-def _typed(parser: ArgumentParser, where: str, key: str, value: Any, types_of: dict[str, Any]) -> Any:
-    """The value of one setting in its type."""
-    source = f" (in {where})" if where else ""
-    if key not in types_of and not key.startswith("model.kwargs."):
-        raise ConfigError(_unknown(key, source, types_of))
-    kind = types_of.get(key, Any)
-    if value is None and not where:
-        if kind is not bool:
-            raise ConfigError(f"{key}: needs a value, {_expected(kind)}")
-        value = True
-    text = value if isinstance(value, str) else json.dumps(value)
-    if isinstance(value, str) and _is_numbers(text) and _holds_tuple(kind):
-        text = f"[{text}]"
-    try:
-        parsed = parser.parse_args([f"--{key}={text}"], defaults=False)
-    except ArgumentError as error:
-        del error
-        raise ConfigError(f"{key}: {value!r} is not {_expected(kind)}{source}") from None
-    group, _, inner = key.partition("kwargs.")
-    return parsed[f"{group}kwargs"][inner] if inner else parsed[key]
 
 
 def _merge(where: str, merged: dict[str, Any], given: dict[str, Any]) -> None:
@@ -258,75 +197,18 @@ def _merge(where: str, merged: dict[str, Any], given: dict[str, Any]) -> None:
             merged[key] = value
 
 
-def _unknown(key: str, source: str, types_of: dict[str, Any]) -> str:
-    group = [known for known in types_of if known.startswith(f"{key}.")]
-    if group:
-        return f"{key}: is a group of settings{source}, not a single one: {', '.join(group)}"
-    return f"{key}: there is no such setting{source}; {_mean(key, types_of)}--help lists all"
-
-
-def _mean(word: str, known: typing.Iterable[str]) -> str:
-    """A question with the nearest name, or nothing. A forgotten group (mask_ratio) comes before a slip of the hand."""
-    leaf = word.rpartition(".")[2]
-    by_leaf = {name.rpartition(".")[2]: name for name in reversed(list(known))}
-    names = list(by_leaf.values())
-    if leaf in by_leaf:
-        return f"did you mean {by_leaf[leaf]}? "
-    close = get_close_matches(word, names, 1, 0.6) or [by_leaf[w] for w in get_close_matches(leaf, by_leaf, 1, 0.6)]
-    return f"did you mean {close[0]}? " if close else ""
-
-
-def _expected(kind: Any) -> str:
-    """A type in words: "a whole number or null"."""
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        Path: "a path",
-        type(None): "null",
-    }
-    if kind in words:
-        return words[kind]
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return f"one of {', '.join(map(str, parts))}"
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_expected(part) for part in parts)
-    if origin is tuple:
-        return (
-            f"{len(parts)} numbers with a comma between them"
-            if Ellipsis not in parts
-            else "numbers with commas between them"
-        )
-    if origin is list:
-        return "a list like [1, 2]"
-    return "a mapping like {name: value}" if origin is dict else "valid"
-
-
-def _is_numbers(text: str) -> bool:
-    try:
-        return "," in text and bool([float(part) for part in text.split(",")])
-    except ValueError:
-        return False
-
-
-def _holds_tuple(kind: Any) -> bool:
-    return typing.get_origin(kind) in (tuple, list) or any(_holds_tuple(part) for part in typing.get_args(kind))
-
-
 def command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run a command and leave with its exit code. Only a bug shows a traceback."""
     try:
         code = main(list(sys.argv[1:] if argv is None else argv)) or 0
     except KeyboardInterrupt:
-        code = 130
+        code = CTRL_C
         print("stopped", file=sys.stderr)
     except Exception as error:
         code = _code_of(error)
         if code == 1:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(error if code in (PREEMPTED, CTRL_C) else f"error: {error}", file=sys.stderr)
     raise SystemExit(code)
 
 

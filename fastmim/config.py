@@ -4,6 +4,7 @@ A run's settings come from layers, the later one winning: the defaults of these 
 command line. `fastmim.command_line.parse` joins them; this file knows nothing of argument strings.
 """
 
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,6 @@ class ModelConfig:
     """Side of a ViT's patch in pixels. Without one: the model's own."""
     drop_path_rate: float = 0.0
     """Stochastic depth: the last block is skipped with this probability, earlier ones proportionally less."""
-    in_chans: int | None = None
-    """Channels of the images. Without one: those of the data."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the encoder, by timm's names, such as {init_values: 0.1}."""
 
@@ -142,8 +141,12 @@ def check(cfg: TrainConfig) -> None:
     _at_least("seed", cfg.seed, 0)
     for side in cfg.size:
         _at_least("img_size", side, 1)
-    if cfg.epochs is not None and not cfg.epochs > 0:
-        raise ConfigError(f"epochs: {cfg.epochs:g} is not above 0")
+    if cfg.seed >= 2**63:
+        raise ConfigError(f"seed: {cfg.seed} is too large; it must be below 2^63")
+    if cfg.epochs is not None and not 0 < cfg.epochs < math.inf:
+        raise ConfigError(f"epochs: {cfg.epochs:g} is not a number above 0")
+    if cfg.batch_size % cfg.optim.accumulate:
+        raise ConfigError(f"batch_size: {cfg.batch_size} is not divisible by optim.accumulate {cfg.optim.accumulate}")
     ratio = getattr(cfg.method, "mask_ratio", None)
     if ratio is not None and not 0 < ratio < 1:
         raise ConfigError(
@@ -241,8 +244,10 @@ def _plain(value: Any) -> Any:
 
 
 def to_yaml(cfg: TrainConfig) -> str:
-    """The whole configuration; `--config FILE` with it starts the same run again."""
-    return yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True, default_flow_style=None)
+    """The settings of a run; `--config FILE` with them starts the same run again, in a folder of its own."""
+    return yaml.safe_dump(
+        to_dict(cfg) | {"out": None, "resume": "auto"}, sort_keys=False, allow_unicode=True, default_flow_style=None
+    )
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -258,9 +263,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values are not the same, with both values."""
+    """Dotted keys that both have, with values that are not the same. (Another version may have had other keys.)"""
     one, two = flat(old), flat(new)
-    return {key: (one.get(key), two.get(key)) for key in one | two if one.get(key) != two.get(key)}
+    return {key: (one[key], two[key]) for key in one if key in two and one[key] != two[key]}
 
 
 def build(cls: type, values: dict[str, Any]) -> Any:

@@ -1,17 +1,15 @@
 """What the smaller commands (evaluate, export) share: one positional word, then --key value, into a dataclass."""
 
 import errno
-from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jsonargparse import ArgumentParser
 
-from fastmim.command_line import _typed, _unknown, _words
 from fastmim.config import ConfigError, build
+from fastmim.words import hide_groups, key_types, split_words, typed_value
 
 __all__ = ["parse_options", "writing"]
 
@@ -34,23 +32,19 @@ def parse_options(
     """
     parser = ArgumentParser(prog=usage.partition(" [")[0], usage=usage, description=description, exit_on_error=False)
     parser.add_class_arguments(cls)
-    for action in parser._actions:  # of a group jsonargparse would also read a file; no word of ours does
-        if action.help == "Path to a configuration file.":
-            action.help = SUPPRESS
+    hide_groups(parser)
     rest = list(argv)
     first = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    words = _words(rest)
+    words = split_words(rest)
     if "help" in words:
         parser.print_help()
         raise SystemExit(0)
     if first is None:
         raise ConfigError(f"{word} is missing: {usage}")
-    types = _types(cls)
+    types = key_types(cls)
     values = parser.get_defaults()
     for key, text in words.items():
-        if key not in types:
-            raise ConfigError(_unknown(key, "", types))
-        values[key] = _typed(parser, "", key, text, types)
+        values[key] = typed_value(parser, "", key, text, types)
     return first, build(cls, values.as_dict())
 
 
@@ -63,13 +57,3 @@ def writing(key: str, path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ConfigError(f"{key}: {path} cannot be written ({error.strerror})") from None
-
-
-def _types(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key and its type."""
-    types: dict[str, Any] = {}
-    for item in fields(cls):
-        types |= (
-            _types(item.type, f"{prefix}{item.name}.") if is_dataclass(item.type) else {prefix + item.name: item.type}
-        )
-    return types

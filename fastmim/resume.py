@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmim.config import ConfigError, TrainConfig, differences, read_yaml, run_of, to_dict
+from fastmim.engine.run_folder import is_locked
 
 __all__ = ["Place", "choose_place", "is_finished"]
 
@@ -53,14 +54,13 @@ def choose_place(cfg: TrainConfig) -> Place:
     if cfg.out is not None:
         if not _holds_run(cfg.out):
             return Place(cfg.out)
-        if cfg.resume == "never":
-            raise ConfigError(
-                f"out: {cfg.out} already holds a run, and resume is never; choose another --out or remove it"
-            )
+        if cfg.resume == "never":  # the run folder moves what is there to previous-1/
+            return Place(cfg.out)
         return Place(cfg.out, "auto", _agreeing(cfg.out, cfg))
     number = 1
     while (folder := Path("runs") / (cfg.name if number == 1 else f"{cfg.name}-{number}")).exists():
-        if cfg.resume == "auto" and _holds_run(folder) and not is_finished(folder) and not _compare(folder, cfg):
+        unfinished = _holds_run(folder) and not is_finished(folder) and not is_locked(folder)
+        if cfg.resume == "auto" and unfinished and not _compare(folder, cfg):
             return Place(folder, "auto")
         number += 1
     return Place(folder)

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         before = measure(untrained, cfg) if untrained is not None else {}
         result = trainer.fit()
         after = measure(load_encoder(run.path)[0], cfg) if cfg.evaluate else {}
-        conclude(cfg, run, result, before, after)
+        conclude(cfg, run, source, result, before, after)
 
 
 def build(cfg: TrainConfig) -> tuple["Source", "Method"]:
@@ -108,8 +108,8 @@ def measure(encoder: "Encoder", cfg: TrainConfig) -> dict[str, "Score"]:
 def introduce(cfg: TrainConfig, place: Place, source: "Source", method: "Method") -> None:
     """What is about to happen; the trainer adds device, precision, rate and steps."""
     say = logger.info
-    count = sum(p.numel() for p in method.encoder.parameters()) / 1e6
-    say("%s with %s (%.1f M parameters), images of %dx%d", cfg.method_name, cfg.model.name, count, *cfg.size)
+    count = sum(p.numel() for p in method.encoder.parameters())
+    say("%s with %s (%.3g M parameters), images of %dx%d", cfg.method_name, cfg.model.name, count / 1e6, *cfg.size)
     classes = f"in {len(source.classes)} classes" if source.classes else "without labels"
     say("%s: %d images %s", source.name, len(source), classes)
     if cfg.optim.base_lr is not None:
@@ -120,7 +120,12 @@ def introduce(cfg: TrainConfig, place: Place, source: "Source", method: "Method"
 
 
 def conclude(
-    cfg: TrainConfig, run: "RunFolder", result: "FitResult", before: dict[str, "Score"], after: dict[str, "Score"]
+    cfg: TrainConfig,
+    run: "RunFolder",
+    source: "Source",
+    result: "FitResult",
+    before: dict[str, "Score"],
+    after: dict[str, "Score"],
 ) -> None:
     """What came out, where it lies, what to do next."""
     say = logger.info
@@ -137,7 +142,10 @@ def conclude(
     say("pictures     %s", result.picture)
     say("checkpoint   %s", result.checkpoint)
     say("metrics      %s", run.metrics)
-    say("next: write the encoder for timm with\n  python -m fastmim.export %s", run.path)
+    if source.labels is not None and not after:
+        root = f" --data.root {cfg.data.root}" if cfg.data.root else ""
+        say("judge it:\n  python -m fastmim.evaluate linear --checkpoint %s%s", run.path, root)
+    say("next, write the encoder for timm:\n  python -m fastmim.export %s", run.path)
 
 
 if __name__ == "__main__":

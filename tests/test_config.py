@@ -1,5 +1,6 @@
 """What can be set, in which order layers win, and what a mistake is answered."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def test_no_words_mean_the_digits_recipe():
 
 
 def test_command_line_wins_over_recipe_and_recipe_over_defaults():
-    cfg = parse("--recipe digits --batch_size 64 --optim.weight_decay=0.1".split())
+    cfg = parse(["--recipe", "digits", "--batch_size", "64", "--optim.weight_decay=0.1"])
     assert cfg.batch_size == 64
     assert cfg.optim.weight_decay == 0.1
     assert cfg.img_size == 32  # of the recipe
@@ -52,9 +53,9 @@ def test_method_and_model_are_short_for_their_names(images):
 
 
 def test_settings_of_another_encoder_are_dropped_with_it():
-    assert parse(["--recipe", "digits"]).model.patch_size == 4
+    assert parse(["--recipe", "digits"]).model.patch_size == 8
     assert parse(["--recipe", "digits", "--model", "resnet18"]).model.patch_size is None
-    assert parse(["--recipe", "digits", "--model.patch_size", "8"]).model.patch_size == 8
+    assert parse(["--recipe", "digits", "--model.patch_size", "4"]).model.patch_size == 4
 
 
 @pytest.mark.parametrize("text", ["192,256", "[192,256]", "[192, 256]"])
@@ -63,7 +64,7 @@ def test_images_may_be_rectangular(text, images):
 
 
 def test_one_of_two_ways_to_say_a_thing_replaces_the_other():
-    cfg = parse("--recipe digits --max_steps 12 --optim.base_lr 1.5e-4 --optim.warmup_steps 3".split())
+    cfg = parse(shlex.split("--recipe digits --max_steps 12 --optim.base_lr 1.5e-4 --optim.warmup_steps 3"))
     assert (cfg.epochs, cfg.max_steps, cfg.optim.lr, cfg.optim.base_lr) == (None, 12, None, 1.5e-4)
     assert (cfg.optim.warmup_epochs, cfg.optim.warmup_steps) == (None, 3)
 
@@ -89,7 +90,7 @@ def test_dashes_are_as_good_as_underscores():
 
 def test_free_form_arguments_reach_the_encoder_in_their_types():
     cfg = parse(["--model.kwargs.init_values", "0.1", "--model.kwargs.qkv_bias=false"])
-    assert cfg.model.kwargs == {"init_values": 0.1, "qkv_bias": False}
+    assert cfg.model.kwargs | {"init_values": 0.1, "qkv_bias": False} == cfg.model.kwargs
 
 
 @pytest.mark.parametrize("recipe", list_recipes())
@@ -157,6 +158,8 @@ def test_an_unknown_key_is_named_with_the_nearest_one(words, parts):
         ("--evaluate perhaps", "evaluate: 'perhaps' is not true or false"),
         ("--optim.schedule cosinus", "optim.schedule: 'cosinus' is not one of cosine, multistep, constant"),
         ("--optim.betas 0.9", "optim.betas: '0.9' is not 2 numbers with a comma between them"),
+        ("--batch_size true", "batch_size: 'true' is not a whole number"),
+        ("--data.root=", "data.root: needs a value, a path or null"),
         ("--epochs", "epochs: needs a value, a number or null"),
     ],
 )
@@ -174,6 +177,8 @@ def test_a_wrong_type_is_answered_with_key_value_and_what_would_be_right(words, 
         ("--data.source folder", ["data.root"]),
         ("--batch_size 0", ["batch_size: 0"]),
         ("--epochs -1", ["epochs: -1"]),
+        ("--epochs .inf", ["epochs: inf"]),
+        ("--seed 99999999999999999999", ["seed", "2^63"]),
         ("--max_steps 0", ["max_steps: 0"]),
         ("--epochs 3 --max_steps 5", ["epochs: 3", "max_steps 5", "one of the two"]),
         ("--optim.lr 1 --optim.base_lr 2", ["optim.lr: 1", "optim.base_lr 2"]),

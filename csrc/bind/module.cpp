@@ -45,6 +45,7 @@ PYBIND11_MODULE(_C, m) {
 #if defined(FASTMIM_CUDA_BUILD)
   fastmim::bind_masked_depthwise_cuda(m);
 #endif
+  fastmim::bind_pages(m);
   fastmim::bind_random_mask(m);
   fastmim::bind_tile_index(m);
 }

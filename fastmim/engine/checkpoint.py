@@ -62,6 +62,17 @@ class CheckpointStore:
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of `step`, then remove the oldest. Raises OSError and leaves the others alone."""
+        try:
+            path = self._save(step, tensors, state)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.ESTALE):
+                raise
+            logger.warning("The checkpoint of step %d is written again after: %s", step, error.strerror)
+            path = self._save(step, tensors, state)
+        self._prune()
+        return path
+
+    def _save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
         final = self.folder / f"step-{step:08d}"
         if final.exists():
             self.set_aside(final, "superseded")
@@ -74,7 +85,6 @@ class CheckpointStore:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        self._prune()
         return final
 
     def newest(self) -> Checkpoint | None:

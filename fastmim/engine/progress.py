@@ -71,7 +71,7 @@ class _Bar:
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeRemainingColumn(),
             TextColumn("left"),
             expand=True,
         )

@@ -158,6 +158,18 @@ class RunFolder:
             shutil.move(entry, target / entry.name)
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a living process holds this folder."""
+    if folder.resolve() in _held:
+        return True
+    try:
+        with (folder / _LOCK).open("r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go as the file is closed
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
+
+
 def _describe(holder: str) -> str:
     try:
         facts = json.loads(holder)

@@ -123,7 +123,7 @@ def probe(
     return {
         kind: Score(
             kind,
-            [_MEASURES[kind](*parts, **(options or {})) for parts in splits],
+            [_MEASURES[kind](*(part.to(device) for part in parts), **(options or {})) for parts in splits],
             [] if held_out is not None else list(seeds),
             len(train_y),
             len(test_y),

@@ -45,10 +45,10 @@ def _error(
     MEAN: tl.constexpr,  # mean_weight is not 0
     BLOCK: tl.constexpr,  # pixels of a program
 ):  # fmt: skip
-    """One program per (block of pixels, plane of an image to be transformed). Reads prediction and image once, visible
+    """One program per (plane of an image to be transformed, block of pixels). Reads prediction and image once, visible
     pixels only if they matter; adds up over the batch in its order."""
-    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    plane = tl.program_id(1).to(tl.int64)  # i * C + c; int64, because I * C * H * W may exceed 2**31
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    plane = tl.program_id(0).to(tl.int64)  # i * C + c; int64, because I * C * H * W may exceed 2**31
     first, c = plane // C, plane % C
     inside = pixel < H * W
     h, w = (pixel // W).to(tl.int64), (pixel % W).to(tl.int64)
@@ -65,7 +65,7 @@ def _error(
         if MEAN:
             error += tl.where(removed, 0.0, mean_weight * (tl.load(means + b * C + c) - true))
         total += error
-    tl.store(out + plane * H * W + pixel, total / members, mask=inside)
+    tl.store(out + plane * H * W + pixel, tl.div_rn(total, members * 1.0), mask=inside)
 
 
 @triton.jit
@@ -118,11 +118,11 @@ def _spectrum(
         value, slope = weight * square, 2.0 * weight
     elif KIND == MODULUS:
         weight = _power(r, exponent, POWER)
-        value, slope = weight * r, tl.where(r > 0, weight, 0.0) / divisor
+        value, slope = weight * r, tl.div_rn(tl.where(r > 0, weight, 0.0), divisor)
     elif KIND == SPATIAL_L1:
-        value, slope = pixel_loss(r, L1), pixel_slope(r, L1) / divisor
+        value, slope = pixel_loss(r, L1), tl.div_rn(pixel_slope(r, L1), divisor)
     else:
-        value, slope = pixel_loss(r, FOCAL_L1), pixel_slope(r, FOCAL_L1) / divisor
+        value, slope = pixel_loss(r, FOCAL_L1), tl.div_rn(pixel_slope(r, FOCAL_L1), divisor)
     tl.store(gradient + at, re * slope, mask=inside)
     tl.store(gradient + at + 1, im * slope, mask=inside)
     column = index % R
@@ -159,7 +159,7 @@ def _finish(
         greatest = _power(tl.sqrt_rn(tl.max(most)), exponent, POWER)
         if KIND == LOG:
             greatest = _log1p(greatest)
-        result = tl.where(greatest > 0, scale / tl.where(greatest > 0, greatest, 1.0), 0.0)
+        result = tl.where(greatest > 0, tl.div_rn(scale, tl.where(greatest > 0, greatest, 1.0)), 0.0)
     tl.store(factor + image, result)
     tl.store(value + image, (tl.sum(total) * result).to(tl.float64))
 
@@ -177,9 +177,9 @@ def _gradient(
     AVERAGE: tl.constexpr,  # one picture for all images
     BLOCK: tl.constexpr,  # pixels of a program
 ):  # fmt: skip
-    """One program per (block of pixels, plane). Reads the picture, writes the gradient of every pixel."""
-    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    plane = tl.program_id(1).to(tl.int64)  # b * C + c; int64, because B * C * H * W may exceed 2**31
+    """One program per (plane, block of pixels). Reads the picture, writes the gradient of every pixel."""
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    plane = tl.program_id(0).to(tl.int64)  # b * C + c; int64, because B * C * H * W may exceed 2**31
     b, c = plane // C, plane % C
     inside = pixel < H * W
     source = b * 0 if AVERAGE else b
@@ -204,7 +204,7 @@ def error(
     """Fills out [I, C, H, W]."""
     batch, channels, height, width = image.shape
     block = PIXELS_AVERAGED if how.average else PIXELS
-    _error[(triton.cdiv(height * width, block), out.shape[0] * channels)](
+    _error[(out.shape[0] * channels, triton.cdiv(height * width, block))](
         prediction, image, mask.view(torch.int8), out if means is None else means, out,
         *prediction.stride(), *image.stride(), float(how.factor), float(how.mean_weight),
         batch if how.average else 1, channels, height, width, mask.shape[1], *cell, width // cell[1],
@@ -242,7 +242,7 @@ def gradient(
     """Fills out [B, C, H, W]. `large` is the CPU kernel's."""
     batch, channels, height, width = out.shape
     average = picture.shape[0] != batch
-    _gradient[(triton.cdiv(height * width, PIXELS), batch * channels)](
+    _gradient[(batch * channels, triton.cdiv(height * width, PIXELS))](
         grad_loss, picture, mask.view(torch.int8), factor, out, 1 / batch if average else 1.0, float(visible_weight),
         channels, height, width, mask.shape[1], *cell, width // cell[1], average, PIXELS, num_warps=4,
     )  # fmt: skip

@@ -98,14 +98,16 @@ def _forward(
             index = start + tl.arange(0, BLOCK)
             at = _inside_patch(index, image_row, image_column, image_channel, P, Q, C, PLANAR)
             total += tl.load(image + at, mask=index < limit, other=0.0).to(tl.float32)
-        mean = tl.sum(total) / (P * Q * C)
+        # Rounded divisions and roots: an error here would be every value's.
+        mean = tl.div_rn(tl.sum(total), 1.0 * P * Q * C)
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for start in range(0, P * Q * C, BLOCK):
             index = start + tl.arange(0, BLOCK)
             at = _inside_patch(index, image_row, image_column, image_channel, P, Q, C, PLANAR)
             centred = tl.load(image + at, mask=index < limit, other=0.0).to(tl.float32) - mean
             total += tl.where(index < limit, centred * centred, 0.0)
-        scale = 1.0 / tl.sqrt(tl.sum(total) / max(P * Q * C - 1, 1) + 1e-6)
+        variance = tl.div_rn(tl.sum(total), 1.0 * max(P * Q * C - 1, 1))
+        scale = tl.div_rn(1.0, tl.sqrt_rn(variance + 1e-6))
         tl.store(statistics + 2 * patch, mean)
         tl.store(statistics + 2 * patch + 1, tl.where(removed != 0, scale, 0.0))
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -138,8 +140,8 @@ def _finish(
         total += tl.load(partial + index, mask=index < patches, other=0.0)
         count += tl.load(mask + index, mask=index < patches, other=0).to(tl.int64)
     removed = tl.maximum(tl.sum(count), 1).to(tl.float32)
-    inverse = 1.0 / (removed * values)
-    tl.store(mean_loss, tl.sum(total) * inverse)
+    inverse = tl.div_rn(1.0, removed * values)
+    tl.store(mean_loss, tl.div_rn(tl.sum(total), removed * values))
     tl.store(scale, inverse)
 
 

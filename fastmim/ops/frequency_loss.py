@@ -115,7 +115,7 @@ def _forward(
     loss, spectrum, factor = outputs = _outputs(image, how.average)
     if image.numel() == 0:
         return loss.zero_(), spectrum, factor
-    station = _backends.triton() if backend == "triton" else _Cpu
+    station = _station(backend, spectrum)
     mask, images = mask.contiguous(), factor.shape[0]
     scale = 1 / (images * (image[0].numel() if how.mean else 1))
     value = factor.new_empty((images,), dtype=torch.float64)
@@ -146,7 +146,7 @@ def _backward(
     gradient = _gradient(mask, spectrum, width, dtype)
     if gradient.numel() == 0:
         return gradient
-    station = _backends.triton() if backend == "triton" else _Cpu
+    station = _station(backend, gradient)
     mask, grad_loss, images = mask.contiguous(), grad_loss.to(torch.float32), spectrum.shape[0]
     large = gradient.numel() * gradient.element_size() >= 8 * 2**20
     for part in _groups(images, gradient):
@@ -168,6 +168,14 @@ def _backward(
 def _gradient(mask: Tensor, spectrum: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """[B, C, H, W], not yet written."""
     return spectrum.new_empty((mask.shape[0], *spectrum.shape[1:3], width), dtype=dtype)
+
+
+def _station(backend: str, result: Tensor) -> Any:
+    """Where the kernels are; `result` is the large tensor that they will write."""
+    if backend == "triton":
+        return _backends.triton()
+    compiled().prefer_large_pages(result.data_ptr(), result.nbytes)
+    return _Cpu
 
 
 class _Cpu:
@@ -267,7 +275,12 @@ def _differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | No
     return gradient, *[None] * 14
 
 
+def _refuse(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError("frequency_loss: there is no second derivative, its weights are constants by definition")
+
+
 torch.library.register_autograd("fastmim::frequency_loss", _differentiate, setup_context=_save)
+torch.library.register_autograd("fastmim::frequency_loss_backward", _refuse)
 
 
 def frequency_loss(

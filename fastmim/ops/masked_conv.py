@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmim.ops.backends import Backends, compiled
 from fastmim.ops.tile_index import TileIndex
-from fastmim.ops.tiles import check_tiles, gather_tiles, scatter_tiles
+from fastmim.ops.tiles import check_tiles, gather_tiles_ref, scatter_tiles_ref
 
 __all__ = ["DENSE_KERNELS", "DEPTHWISE_KERNELS", "masked_conv2d", "masked_conv2d_ref"]
 
@@ -39,8 +39,8 @@ def masked_conv2d_ref(
     dropped. Any device, any dtype, differentiable."""
     bias = None if bias is None else bias.to(x.dtype)
     padding = weight.shape[-1] // 2
-    dense = F.conv2d(scatter_tiles(x, tiles), weight.to(x.dtype), bias, stride, padding, groups=groups)
-    return gather_tiles(dense, tiles)
+    dense = F.conv2d(scatter_tiles_ref(x, tiles), weight.to(x.dtype), bias, stride, padding, groups=groups)
+    return gather_tiles_ref(dense, tiles)
 
 
 def _output(x: Tensor, weight: Tensor, stride: int) -> Tensor:

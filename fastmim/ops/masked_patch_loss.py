@@ -111,6 +111,7 @@ def _backward(
     if backend == "triton":
         _backends.triton().backward(grad_loss, prediction, image, mask, (p, q), loss, statistics, scale, gradient)
     else:
+        compiled().prefer_large_pages(gradient.data_ptr(), gradient.nbytes)
         compiled().masked_patch_loss_backward(
             _shape(image, p, q),
             _patches(prediction, image, p, q),
@@ -150,7 +151,12 @@ def _differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | No
     return gradient, *[None] * 7
 
 
+def _refuse(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError("masked_patch_loss: the kernels have no second derivative; use backend='reference' for one")
+
+
 torch.library.register_autograd("fastmim::masked_patch_loss", _differentiate, setup_context=_save)
+torch.library.register_autograd("fastmim::masked_patch_loss_backward", _refuse)
 
 
 def _shape(image: Tensor, p: int, q: int) -> tuple[int, ...]:

@@ -224,14 +224,16 @@ def test_a_full_disk_is_an_error_line_then_the_end(tmp_path, monkeypatch, capsys
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000004"]
 
 
-def test_a_disk_that_recovers_costs_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number, lost", [(5, False), (28, True)])
+def test_a_disk_that_recovers_costs_at_most_one_checkpoint(tmp_path, monkeypatch, number, lost):
     calls = []
 
     def once(where):
         calls.append(where)
         if len(calls) == 1:
-            raise OSError(5, "Input/output error")
+            raise OSError(number, "injected")
 
     monkeypatch.setattr(checkpoint_module, "inject", once)
     assert tiny_run(tmp_path).checkpoint.name == "step-00000012"
-    assert (tmp_path / "checkpoints" / "step-00000008").is_dir()
+    names = [f"step-{step:08d}" for step in (4, 8, 12)]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names[lost:]

@@ -1,11 +1,4 @@
-import os
-
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    # Before any kernel is defined: without a GPU the Triton kernels are interpreted.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -141,10 +141,9 @@ def test_no_targets_are_kept_for_the_backward_pass():
 
 @pytest.mark.parametrize("as_image", [False, True])
 @pytest.mark.parametrize("backend", backends_of("masked_patch_loss", reference=False, isas=("portable", "avx512")))
-def test_threads_do_not_change_a_bit(backend, as_image):
-    if backend.plain == "triton":
-        pytest.skip("runs on one thread here")
-    prediction, image, mask = make((5, 3, 112, 96), (16, 16), as_image)
+def test_runs_and_threads_do_not_change_a_bit(backend, as_image):
+    shape = (2, 3, 32, 32) if backend.label == "triton-cpu" else (5, 3, 112, 96)
+    prediction, image, mask = make(shape, (16, 16), as_image, device=backend.device)
     prediction.requires_grad_()
     before, results = torch.get_num_threads(), []
     try:
@@ -170,6 +169,20 @@ def test_a_large_gradient_is_written_around_the_caches(as_image):
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-11)
 
 
+@pytest.mark.parametrize("backend", backends_of("masked_patch_loss", reference=False, isas=("avx512",)))
+def test_more_than_two_to_the_31_elements_between_images(backend):
+    prediction, image, mask = make((2, 3, 16, 16), (8, 8), as_image=True, device=backend.device)
+    expected = masked_patch_loss(prediction, image, mask, 8, norm_pix=True, backend=backend)
+    try:
+        memory = torch.empty(2**31 + image.numel(), dtype=torch.float32, device=backend.device)
+    except RuntimeError:
+        pytest.skip("no room for 8 GB of addresses")
+    far = memory.as_strided(image.shape, (2**31, *image.stride()[1:])).copy_(image)
+    assert torch.equal(masked_patch_loss(prediction, far, mask, 8, norm_pix=True, backend=backend), expected)
+    far.copy_(prediction)
+    assert torch.equal(masked_patch_loss(far, image, mask, 8, norm_pix=True, backend=backend), expected)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("as_image", [False, True])
 def test_gradients_of_the_reference(as_image, loss):
@@ -181,6 +194,15 @@ def test_gradients_of_the_reference(as_image, loss):
     prediction.requires_grad_()
     assert torch.autograd.gradcheck(function, prediction)
     assert torch.autograd.gradgradcheck(function, prediction)
+
+
+@pytest.mark.parametrize("backend", backends_of("masked_patch_loss", reference=False, isas=("avx512",)))
+def test_a_second_derivative_by_a_kernel_is_refused(backend):
+    prediction, image, mask = make((1, 3, 8, 16), (8, 8), device=backend.device)
+    value = masked_patch_loss(prediction.requires_grad_(), image, mask, 8, backend=backend)
+    (gradient,) = torch.autograd.grad(value, prediction, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
+        gradient.square().sum().backward()
 
 
 def test_the_image_gets_no_gradient():

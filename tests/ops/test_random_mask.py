@@ -16,8 +16,7 @@ def rng(seed=7, step=3, first=0, device="cpu"):
 
 @pytest.mark.parametrize("counter", [(0, 0, 0, 0), (1, 2, 3, 4), (2**32 - 1,) * 4])
 @pytest.mark.parametrize("seed", [0, 2**40 + 5, -1])
-def test_reference_is_philox_as_numpy_has_it(counter, seed):
-    """NumPy's generator is Philox4x64; its 32-bit sibling is checked round by round with Python's integers."""
+def test_reference_is_philox_in_python_integers(counter, seed):
     words, key = list(counter), [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
     for _ in range(10):
         a, b = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastmim.ops import TileIndex, gather_tiles, scatter_tiles, upsample_mask
-from tests.ops.support import LAYOUTS
+from tests.ops.support import LAYOUTS, backends_of, poisoned_memory
 from tests.ops.test_tile_index import some_ids
 
 # B, (gh, gw), K, t, C
@@ -100,3 +100,61 @@ def test_names_what_does_not_fit():
         scatter_tiles(x[:, 1:], tiles)
     with pytest.raises(ValueError, match=r"fill must be \[3\], as x has channels, got \[4\]"):
         scatter_tiles(x, tiles, torch.zeros(4))
+
+
+@pytest.mark.parametrize("token", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", backends_of("gather_tiles", reference=False))
+def test_kernels_equal_the_reference(backend, case, layout, token):
+    """To the bit; the token's gradient, a sum in another order, to rounding."""
+    tiles, dense = make(*case)
+    tiles = TileIndex.from_ids_keep(tiles.ids_keep.to(backend.device), tiles.grid)
+    dense, results = layout(dense.to(backend.device)), []
+    fill = torch.randn(case[4], generator=torch.Generator().manual_seed(2)).to(dense)
+    for name in (backend, "reference"):
+        wanted = [t.detach().requires_grad_() for t in (dense, fill)]
+        with poisoned_memory():
+            x = gather_tiles(wanted[0], tiles, backend=name)
+            y = scatter_tiles(x.square(), tiles, wanted[1] if token else None, backend=name)
+            cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y)
+            results.append((x, y, *torch.autograd.grad(y, wanted[: 1 + token], layout(cotangent))))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        if i < 3:
+            assert torch.equal(a, b), i
+        else:
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", backends_of("gather_tiles", reference=False))
+def test_kernels_move_any_dtype(backend, dtype):
+    tiles, dense = make(*CASES[0])
+    tiles, dense = TileIndex.from_ids_keep(tiles.ids_keep.to(backend.device), tiles.grid), dense.to(backend.device)
+    assert torch.equal(gather_tiles((dense.abs() * 50).to(dtype), tiles, backend=backend),
+                       gather_tiles((dense.abs() * 50).to(dtype), tiles, backend="reference"))  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", backends_of("gather_tiles", reference=False))
+def test_kernels_can_be_differentiated_twice(backend):
+    tiles, dense = make(1, (1, 2), 1, 1, 2, dtype=torch.float64)
+    tiles = TileIndex.from_ids_keep(tiles.ids_keep.to(backend.device), tiles.grid)
+    dense, fill = (t.to(backend.device).requires_grad_() for t in (dense, torch.randn(2, dtype=torch.float64)))
+
+    def function(dense, fill):
+        return scatter_tiles(gather_tiles(dense, tiles, backend=backend) ** 2, tiles, fill**2, backend=backend)
+
+    assert torch.autograd.gradcheck(function, (dense, fill))
+    assert torch.autograd.gradgradcheck(function, (dense, fill))
+
+
+@pytest.mark.parametrize("backend", backends_of("gather_tiles", reference=False))
+def test_opcheck(backend):
+    tiles, dense = make(2, (1, 2), 1, 2, 3)
+    index = (tiles.ids_keep.to(backend.device), tiles.slots.to(backend.device), *tiles.grid)
+    x, fill = gather_tiles(dense, tiles).to(backend.device), torch.randn(3, device=backend.device)
+    ops, dense = torch.ops.fastmim, dense.to(backend.device).requires_grad_()
+    torch.library.opcheck(ops.gather_tiles.default, (dense, *index))
+    torch.library.opcheck(ops.scatter_tiles.default, (x.requires_grad_(), fill.requires_grad_(), *index))
+    torch.library.opcheck(ops.masked_sum.default, (dense, *index))
