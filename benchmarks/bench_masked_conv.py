@@ -72,8 +72,8 @@ def cases(settings: Settings) -> Iterator[Case]:
 
                         for backend in backends_here(op, settings, dtype):
                             yield Case(
-                                op=op,
-                                case=f"{model} B{batch} {channels}x{size[0]}x{size[1]} {k}x{k} mask {ratio:.0%}",
+                                op="masked_conv",
+                                case=f"{op.removeprefix('masked_')} {model} B{batch} {channels}x{size[0]}x{size[1]} {k}x{k} mask {ratio:.0%}",
                                 candidate=Side(backend, partial(on_tiles, tiles=tiles, groups=groups, backend=backend)),
                                 baseline=Side(
                                     f"dense x mask, {layout}", partial(dense_times_mask, mask=seen, groups=groups)
