@@ -48,6 +48,7 @@ def cases(settings: Settings) -> Iterator[Case]:
             for side, channels in stages[-1:] if settings.quick else stages:
                 groups = channels if op == "masked_depthwise" else 1
                 size = grid[0] * side, grid[1] * side
+                kind = f"{op.removeprefix('masked_')} {k}x{k}"
                 mask = ~upsample_mask(tiles.slots < 0, grid, size).unsqueeze(1)
                 joined = _joined_rows(tiles, side, k)
                 flops = 2 * joined * channels * channels // groups
@@ -73,7 +74,7 @@ def cases(settings: Settings) -> Iterator[Case]:
                         for backend in backends_here(op, settings, dtype):
                             yield Case(
                                 op="masked_conv",
-                                case=f"{op.removeprefix('masked_')} {model} B{batch} {channels}x{size[0]}x{size[1]} {k}x{k} mask {ratio:.0%}",
+                                case=f"{kind} {model} B{batch} {channels}x{size[0]}x{size[1]} mask {ratio:.0%}",
                                 candidate=Side(backend, partial(on_tiles, tiles=tiles, groups=groups, backend=backend)),
                                 baseline=Side(
                                     f"dense x mask, {layout}", partial(dense_times_mask, mask=seen, groups=groups)
