@@ -9,6 +9,7 @@
 
 #include "cpu/element.h"
 #include "cpu/tile_places.h"
+#include "cpu/transpose.h"
 #include "cpu/vec.h"
 
 namespace fastmim {
@@ -211,45 +212,91 @@ int64_t pair_rows(int64_t rows, int64_t first, Pair* to) {
   return rows;
 }
 
-// One block of columns of the weights as [k * k, depth, width] with zeros beyond the last channel.
-// Forward: depth is C, columns are O. Transposed: depth is O, columns are C.
+// `count` elements, zeros after them. Where sixteen may be read, they are: a copy of fixed length.
 template <typename T>
-void pack_block(const MaskedDense& p, const T* weight, bool transposed, int64_t column, int64_t width, int64_t from,
-                int64_t to, float* packed) {
-  const int64_t taps = p.kernel * p.kernel, inner = p.in_channels * taps;
-  const int64_t columns = transposed ? p.in_channels : p.out_channels, depth = transposed ? p.out_channels : p.in_channels;
-  const int64_t valid = column < columns ? least(width, columns - column) : 0;
-  for (int64_t d = from; d < to; ++d) {
-    const T* source = transposed ? weight + d * inner + column * taps : weight + column * inner + d * taps;
-    const int64_t step = transposed ? taps : inner;
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      float* row = packed + (tap * depth + d) * width;
-      for (int64_t c = 0; c < valid; ++c) row[c] = to_float(source[c * step + tap]);
-      for (int64_t c = valid; c < width; ++c) row[c] = 0.0f;
+FASTMIM_INLINE void read_sixteen(const T* from, int64_t count, int64_t readable, float* to) {
+  if (readable >= 16) {
+    for (int i = 0; i < 16; ++i) to[i] = to_float(from[i]);
+  } else {
+    for (int64_t i = 0; i < 16; ++i) to[i] = i < count ? to_float(from[i]) : 0.0f;
+  }
+}
+
+// The weights [O, C * k * k] as blocks of columns [k * k, C, width], columns being outputs: sixteen of them, from
+// `output` on, and elements [from, to) of their rows. Outputs beyond the last are zero.
+template <typename T>
+void pack_outputs(const MaskedDense& p, const T* weight, int64_t output, int64_t from, int64_t to) {
+  const int64_t taps = p.kernel * p.kernel, inner = p.in_channels * taps, padded = dense_padded(p.out_channels);
+  const int64_t column = output / kBlock * kBlock, width = least(kBlock, padded - column);
+  float* block = p.packed + inner * column + output % kBlock;
+  for (int64_t first = from; first < to; first += 16) {
+    const int64_t count = least(16, to - first);
+    Square square;
+    for (int64_t i = 0; i < 16; ++i) {
+      const int64_t valid = output + i < p.out_channels ? count : 0;
+      read_sixteen(weight + (output + i) * inner + first, valid, valid < 16 ? 0 : 16, square.row[i]);
+    }
+    transpose(square);
+    int64_t channel = first / taps, tap = first % taps;
+    for (int64_t j = 0; j < count; ++j) {
+      float* row = block + (tap * p.in_channels + channel) * width;
+      // A block may be narrower than sixteen: its columns then go to the blocks that follow.
+      for (int64_t c = 0; c < 16; c += kBlock < 16 ? kBlock : 16)
+        memcpy(row + c * inner, square.row[j] + c, sizeof(float) * (kBlock < 16 ? kBlock : 16));
+      if (++tap == taps) tap = 0, ++channel;
     }
   }
 }
 
-// All blocks of columns, one after the other. Called by all threads of a team.
-void pack(const MaskedDense& p, bool transposed) {
-  const int64_t columns = transposed ? p.in_channels : p.out_channels, depth = transposed ? p.out_channels : p.in_channels;
-  const int64_t padded = dense_padded(columns), blocks = (padded + kBlock - 1) / kBlock, pieces = (depth + 15) / 16;
-#pragma omp for schedule(static)
-  for (int64_t task = 0; task < blocks * pieces; ++task) {
-    const int64_t column = task / pieces * kBlock, width = least(kBlock, padded - column);
-    const int64_t from = task % pieces * 16, to = least(from + 16, depth);
-    float* packed = p.packed + p.kernel * p.kernel * depth * column;
-    switch (static_cast<Element>(p.weight_element)) {
-      case Element::f32:
-        pack_block(p, static_cast<const float*>(p.weight), transposed, column, width, from, to, packed);
-        break;
-      case Element::bf16:
-        pack_block(p, static_cast<const Bf16*>(p.weight), transposed, column, width, from, to, packed);
-        break;
-      case Element::f16:
-        pack_block(p, static_cast<const F16*>(p.weight), transposed, column, width, from, to, packed);
-        break;
+// The same for the way back, [k * k, O, width], columns being inputs: sixteen of them, from `input` on, of output `o`.
+template <typename T>
+void pack_inputs(const MaskedDense& p, const T* weight, int64_t input, int64_t o) {
+  const int64_t taps = p.kernel * p.kernel, inner = p.in_channels * taps, padded = dense_padded(p.in_channels);
+  const int64_t column = input / kBlock * kBlock, width = least(kBlock, padded - column);
+  const int64_t depth = p.out_channels * taps, end = p.out_channels * inner;
+  float* block = p.packed + depth * column + input % kBlock;
+  for (int64_t first = 0; first < taps; first += 16) {
+    const int64_t count = least(16, taps - first);
+    Square square;
+    for (int64_t i = 0; i < 16; ++i) {
+      const int64_t at = o * inner + (input + i) * taps + first;
+      if (input + i < p.in_channels)
+        read_sixteen(weight + at, count, end - at, square.row[i]);
+      else
+        memset(square.row[i], 0, sizeof(square.row[i]));
     }
+    transpose(square);
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t c = 0; c < 16; c += kBlock < 16 ? kBlock : 16)
+        memcpy(block + ((first + j) * p.out_channels + o) * width + c * depth, square.row[j] + c,
+               sizeof(float) * (kBlock < 16 ? kBlock : 16));
+  }
+}
+
+template <typename T>
+void pack_all(const MaskedDense& p, const T* weight, bool transposed) {
+  const int64_t inner = p.in_channels * p.kernel * p.kernel;
+  if (transposed) {
+    const int64_t blocks = dense_padded(p.in_channels) / 16;
+#pragma omp for schedule(static)
+    for (int64_t o = 0; o < p.out_channels; ++o)
+      for (int64_t block = 0; block < blocks; ++block) pack_inputs(p, weight, block * 16, o);
+  } else {
+    const int64_t pieces = (inner + 255) / 256;
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < dense_padded(p.out_channels) / 16 * pieces; ++task) {
+      const int64_t from = task % pieces * 256;
+      pack_outputs(p, weight, task / pieces * 16, from, least(from + 256, inner));
+    }
+  }
+}
+
+// Called by all threads of a team.
+void pack(const MaskedDense& p, bool transposed) {
+  switch (static_cast<Element>(p.weight_element)) {
+    case Element::f32: pack_all(p, static_cast<const float*>(p.weight), transposed); break;
+    case Element::bf16: pack_all(p, static_cast<const Bf16*>(p.weight), transposed); break;
+    case Element::f16: pack_all(p, static_cast<const F16*>(p.weight), transposed); break;
   }
 }
 
@@ -328,22 +375,50 @@ void convolve(const MaskedDense& p, const void* from, void* to) {
   }
 }
 
+// Sums the parts for sixteen outputs and elements [from, to) of their weights, and puts them where weights lie.
 template <typename T>
-void sum_parts(const MaskedDense& p, int64_t parts, int64_t channel, T* weight, T* bias) {
-  const int64_t taps = p.kernel * p.kernel, padded = dense_padded(p.out_channels), depth = taps * p.in_channels;
-  const int64_t valid = least(16, p.out_channels - channel);
-  for (int64_t d = 0; d <= depth; ++d) {
-    float sums[16] = {};
-    for (int64_t part = 0; part < parts; ++part) {
-      const float* from = p.partial + (part * (depth + 1) + d) * padded + channel;
-      for (int c = 0; c < 16; ++c) sums[c] += from[c];
+void sum_parts(const MaskedDense& p, int64_t parts, int64_t output, int64_t from, int64_t to, T* weight) {
+  const int64_t taps = p.kernel * p.kernel, padded = dense_padded(p.out_channels), inner = taps * p.in_channels;
+  for (int64_t first = from; first < to; first += 16) {
+    const int64_t count = least(16, to - first);
+    Square square;
+    int64_t channel = first / taps, tap = first % taps;
+    for (int64_t j = 0; j < count; ++j) {
+      const float* part = p.partial + (tap * p.in_channels + channel) * padded + output;
+      float* sums = square.row[j];
+      memcpy(sums, part, sizeof(square.row[j]));
+      for (int64_t i = 1; i < parts; ++i) {
+        part += (inner + 1) * padded;
+        for (int c = 0; c < 16; ++c) sums[c] += part[c];
+      }
+      if (++tap == taps) tap = 0, ++channel;
     }
-    if (d == depth) {
-      for (int64_t c = 0; bias != nullptr && c < valid; ++c) from_float(sums[c], bias + channel + c);
-    } else {  // row d is tap d / C, channel d % C
-      T* to = weight + channel * depth + d % p.in_channels * taps + d / p.in_channels;
-      for (int64_t c = 0; c < valid; ++c) from_float(sums[c], to + c * depth);
+    transpose(square);
+    for (int64_t c = 0; c < least(16, p.out_channels - output); ++c) {
+      T* row = weight + (output + c) * inner + first;
+      if (count == 16)
+        for (int j = 0; j < 16; ++j) from_float(square.row[c][j], row + j);
+      else
+        for (int64_t j = 0; j < count; ++j) from_float(square.row[c][j], row + j);
     }
+  }
+}
+
+template <typename T>
+void sum_all_parts(const MaskedDense& p, int64_t parts, T* weight, T* bias) {
+  const int64_t inner = p.in_channels * p.kernel * p.kernel, pieces = (inner + 255) / 256;
+  const int64_t padded = dense_padded(p.out_channels);
+#pragma omp for schedule(static)
+  for (int64_t task = 0; task < padded / 16 * pieces; ++task) {
+    const int64_t from = task % pieces * 256;
+    sum_parts(p, parts, task / pieces * 16, from, least(from + 256, inner), weight);
+  }
+  if (bias == nullptr) return;
+#pragma omp for schedule(static)
+  for (int64_t o = 0; o < p.out_channels; ++o) {
+    float sum = 0.0f;
+    for (int64_t part = 0; part < parts; ++part) sum += p.partial[(part * (inner + 1) + inner) * padded + o];
+    from_float(sum, bias + o);
   }
 }
 
@@ -400,19 +475,16 @@ void masked_dense_weight_gradient(const MaskedDense& p) {
         });
       }
     }
-#pragma omp for schedule(static)
-    for (int64_t block = 0; block < padded / 16; ++block) {
-      switch (static_cast<Element>(p.weight_element)) {
-        case Element::f32:
-          sum_parts(p, parts, block * 16, static_cast<float*>(p.weight_gradient), static_cast<float*>(p.bias_gradient));
-          break;
-        case Element::bf16:
-          sum_parts(p, parts, block * 16, static_cast<Bf16*>(p.weight_gradient), static_cast<Bf16*>(p.bias_gradient));
-          break;
-        case Element::f16:
-          sum_parts(p, parts, block * 16, static_cast<F16*>(p.weight_gradient), static_cast<F16*>(p.bias_gradient));
-          break;
-      }
+    switch (static_cast<Element>(p.weight_element)) {
+      case Element::f32:
+        sum_all_parts(p, parts, static_cast<float*>(p.weight_gradient), static_cast<float*>(p.bias_gradient));
+        break;
+      case Element::bf16:
+        sum_all_parts(p, parts, static_cast<Bf16*>(p.weight_gradient), static_cast<Bf16*>(p.bias_gradient));
+        break;
+      case Element::f16:
+        sum_all_parts(p, parts, static_cast<F16*>(p.weight_gradient), static_cast<F16*>(p.bias_gradient));
+        break;
     }
   }
 }

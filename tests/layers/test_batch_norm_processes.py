@@ -47,7 +47,7 @@ def test_two_processes_equal_one(tmp_path):
     torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
     x, cotangent, ids_keep, plain = case()
     (out, x_gradient, *sums), statistics = run(sparsify(plain), x, cotangent, ids_keep)
-    of_both_ranks = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    of_both_ranks = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for first, second in zip(*of_both_ranks, strict=True):  # the layer, then the converted module
         torch.testing.assert_close(torch.cat([first[0][0], second[0][0]]), out)
         torch.testing.assert_close(torch.cat([first[0][1], second[0][1]]), x_gradient)
