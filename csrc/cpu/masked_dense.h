@@ -31,22 +31,22 @@ struct MaskedDense {
 };
 
 constexpr int64_t kDenseRows = 128;  // rows of the result that one task handles, in whole tiles where they fit
-inline int64_t dense_padded(int64_t channels) { return (channels + 15) / 16 * 16; }
-inline int64_t dense_max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t dense_padded(int64_t channels) { return (channels + 15) / 16 * 16; }
+static inline int64_t dense_max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Few input channels: the taps of a row lie side by side in a copy, as one long dot product.
-inline bool dense_in_patches(const MaskedDense& p) { return p.kernel > 1 && p.in_channels < 16; }
+static inline bool dense_in_patches(const MaskedDense& p) { return p.kernel > 1 && p.in_channels < 16; }
 // Tiles whose rows a task handles together.
-inline int64_t dense_tiles(int64_t side) { return dense_max(kDenseRows / (side * side), 1); }
+static inline int64_t dense_tiles(int64_t side) { return dense_max(kDenseRows / (side * side), 1); }
 // Ranges of tiles that the weight gradient adds up one after the other. Depends on the shape alone.
-inline int64_t dense_parts(const MaskedDense& p) {
+static inline int64_t dense_parts(const MaskedDense& p) {
   const int64_t tasks = (p.out_channels + 63) / 64 * (dense_in_patches(p) ? 1 : p.kernel * p.kernel);
   const int64_t per_block = dense_tiles(p.side / p.stride), blocks = (p.batch * p.count + per_block - 1) / per_block;
   const int64_t parts = 64 / tasks < blocks ? 64 / tasks : blocks;
   return parts > 1 ? parts : 1;
 }
 // Bytes for one thread: pairs of rows that a tap joins, rows of the result, rows of patches.
-inline int64_t dense_scratch(const MaskedDense& p) {
+static inline int64_t dense_scratch(const MaskedDense& p) {
   const int64_t rows = dense_max(kDenseRows, p.side * p.side);
   const int64_t depth = dense_in_patches(p) ? p.kernel * p.kernel * p.in_channels : 0;
   return (rows * (16 + 4 * 64 + 4 * depth) + 127) / 64 * 64;

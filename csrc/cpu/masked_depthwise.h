@@ -28,13 +28,13 @@ struct MaskedDepthwise {
 };
 
 // Channels that one task handles: small tiles have little to do for each, so they take more at once.
-inline int64_t depthwise_chunk(const MaskedDepthwise& p) { return p.side <= 2 ? 128 : 64; }
-inline int64_t depthwise_padded(const MaskedDepthwise& p) { return (p.channels + 15) / 16 * 16; }
+static inline int64_t depthwise_chunk(const MaskedDepthwise& p) { return p.side <= 2 ? 128 : 64; }
+static inline int64_t depthwise_padded(const MaskedDepthwise& p) { return (p.channels + 15) / 16 * 16; }
 // Distance between rows in scratch: an odd number of cache lines, so that the rows of a tile spread over the sets.
-inline int64_t depthwise_pitch(const MaskedDepthwise& p) { return depthwise_chunk(p) + 16; }
+static inline int64_t depthwise_pitch(const MaskedDepthwise& p) { return depthwise_chunk(p) + 16; }
 // Ranges of images that the weight gradient adds up one after the other: enough tasks for many threads, but few
 // partial sums beside the work that goes into them. Depends on the shape alone.
-inline int64_t depthwise_parts(const MaskedDepthwise& p) {
+static inline int64_t depthwise_parts(const MaskedDepthwise& p) {
   const int64_t chunks = (p.channels + depthwise_chunk(p) - 1) / depthwise_chunk(p);
   int64_t parts = p.batch * p.count * p.side * p.side / (64 * p.stride * p.stride);
   if (parts > 32 / chunks) parts = 32 / chunks;
@@ -42,7 +42,7 @@ inline int64_t depthwise_parts(const MaskedDepthwise& p) {
   return parts > 1 ? parts : 1;
 }
 // Floats for one thread: the images' chunks of input and output, the sums of a weight gradient.
-inline int64_t depthwise_scratch(const MaskedDepthwise& p) {
+static inline int64_t depthwise_scratch(const MaskedDepthwise& p) {
   const int64_t rows = 2 * p.count * p.side * p.side + p.kernel * p.kernel + 1;
   return (rows * depthwise_pitch(p) + 63) / 64 * 64;
 }
