@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from tests.timm_fixture import timm  # noqa: F401  (a fixture, here so that there is one for all tests)
+
 if not torch.cuda.is_available():
     # Here, and not beside the operations' tests, because it must come before anything at all imports triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,4 +1,4 @@
-"""timm, from where the models' tests get it; masks for everybody."""
+"""Masks for everybody."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fastmim.ops import TileIndex
-from tests.models.conftest import timm  # noqa: F401  (a fixture)
 
 
 @pytest.fixture

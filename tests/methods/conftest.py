@@ -3,8 +3,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.models.conftest import timm  # noqa: F401  (a fixture)
-
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
