@@ -5,6 +5,7 @@ from fastmim.ops.masked_conv import masked_conv2d
 from fastmim.ops.masked_patch_loss import masked_patch_loss
 from fastmim.ops.masked_pool import masked_avg_pool2d, masked_max_pool2d
 from fastmim.ops.masks import patchify, unpatchify, upsample_mask
+from fastmim.ops.packed_attention import attention, packed_attention
 from fastmim.ops.random_mask import Masks, random_mask
 from fastmim.ops.tile_index import TileIndex
 from fastmim.ops.tiles import gather_tiles, scatter_tiles
@@ -12,12 +13,14 @@ from fastmim.ops.tiles import gather_tiles, scatter_tiles
 __all__ = [
     "Masks",
     "TileIndex",
+    "attention",
     "frequency_loss",
     "gather_tiles",
     "masked_avg_pool2d",
     "masked_conv2d",
     "masked_max_pool2d",
     "masked_patch_loss",
+    "packed_attention",
     "patchify",
     "random_mask",
     "scatter_tiles",

@@ -50,13 +50,18 @@ class Backends:
         self._dtypes = {name: frozenset(accepted) for name, accepted in (dtypes or {}).items()}
         _REGISTRY[op] = self
 
-    def choose(self, device: torch.device, dtype: torch.dtype | None = None, backend: str | None = None) -> str:
+    def choose(
+        self, device: torch.device, dtype: torch.dtype | None = None, backend: str | None = None, unfit: str = ""
+    ) -> str:
         """The backend that will run. Traceable by torch.compile (the answer is a constant of the graph).
+
+        Args:
+            unfit: why no kernel takes arguments like these (a size, say); empty when they do.
 
         Raises:
             ValueError: a backend asked for by name that cannot run here, with the reason.
         """
-        return _choose(self.op, device.type, dtype, backend)
+        return _choose(self.op, device.type, dtype, backend, unfit)
 
     def why_not(self, name: str, device_type: str, dtype: torch.dtype | None = None) -> str:
         """Empty when backend `name` can run on such tensors, else the reason."""
@@ -100,18 +105,18 @@ def operations() -> dict[str, Backends]:
     return dict(sorted(_REGISTRY.items()))
 
 
-def _choose(op: str, device_type: str, dtype: torch.dtype | None, backend: str | None) -> str:
+def _choose(op: str, device_type: str, dtype: torch.dtype | None, backend: str | None, unfit: str) -> str:
     backends = _REGISTRY[op]
     source = "backend="
     if backend is None:
         backend, source = os.environ.get("FASTMIM_BACKEND") or None, "FASTMIM_BACKEND="
     if backend is None:
-        for name in _AUTOMATIC.get(device_type, ("reference",)):
+        for name in _AUTOMATIC.get(device_type, ("reference",)) if not unfit else ("reference",):
             if not backends.why_not(name, device_type, dtype):
                 return name
     if backend not in NAMES:
         raise ValueError(f"{op}: unknown backend {source}{backend!r}; expected one of {', '.join(NAMES)}")
-    reason = backends.why_not(backend, device_type, dtype)
+    reason = backends.why_not(backend, device_type, dtype) or (unfit if backend != "reference" else "")
     if reason:
         raise ValueError(f"{op}: {source}{backend!r} cannot run: {reason}")
     return backend
