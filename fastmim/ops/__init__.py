@@ -1,5 +1,6 @@
 """Functions on tensors, each with a readable reference beside its kernels."""
 
+from fastmim.ops.decoder_input import decoder_input
 from fastmim.ops.frequency_loss import frequency_loss
 from fastmim.ops.masked_conv import masked_conv2d
 from fastmim.ops.masked_patch_loss import masked_patch_loss
@@ -9,11 +10,13 @@ from fastmim.ops.packed_attention import attention, packed_attention
 from fastmim.ops.random_mask import Masks, random_mask
 from fastmim.ops.tile_index import TileIndex
 from fastmim.ops.tiles import gather_tiles, scatter_tiles
+from fastmim.ops.visible_patch_embed import visible_patch_embed
 
 __all__ = [
     "Masks",
     "TileIndex",
     "attention",
+    "decoder_input",
     "frequency_loss",
     "gather_tiles",
     "masked_avg_pool2d",
@@ -26,4 +29,5 @@ __all__ = [
     "scatter_tiles",
     "unpatchify",
     "upsample_mask",
+    "visible_patch_embed",
 ]

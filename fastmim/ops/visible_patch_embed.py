@@ -1,0 +1,183 @@
+"""Embeds the visible patches of an image, from its pixels as they lie: the pixels of removed patches are never read.
+
+Legend: B batch, C channels, H W image, (p, q) patch, (gh, gw) grid, N = gh * gw patches, row-major, K visible, E width.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastmim.ops.backends import Backends, check_divisible
+
+__all__ = ["visible_patch_embed", "visible_patch_embed_ref"]
+
+LAYOUTS = ("nchw", "nhwc")
+Statistic = Tensor | Sequence[float] | None
+_backends = Backends("visible_patch_embed")
+
+
+def visible_rows_ref(
+    images: Tensor, ids_keep: Tensor | None, scale_shift: Tensor | None, p: int, q: int, dtype: torch.dtype
+) -> Tensor:
+    """Pixels of visible patches, times scale plus shift [2, C] of their channel, as rows [B, K, C * p * q]."""
+    gh, gw = images.shape[2] // p, images.shape[3] // q
+    patches = images.unflatten(3, (gw, q)).unflatten(2, (gh, p)).permute(0, 2, 4, 1, 3, 5)  # [B, gh, gw, C, p, q]
+    if ids_keep is None:
+        rows = patches.flatten(1, 2)
+    else:
+        image = torch.arange(images.shape[0], device=images.device).unsqueeze(1)
+        rows = patches[image, ids_keep // gw, ids_keep % gw]
+    if scale_shift is not None:
+        wide = torch.promote_types(dtype, torch.float32)
+        scale, shift = scale_shift.to(wide).view(2, -1, 1, 1)
+        rows = rows.to(wide) * scale + shift
+    return rows.to(dtype).flatten(2)
+
+
+def visible_patch_embed_ref(
+    images: Tensor,
+    ids_keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor | None = None,
+    mean: Statistic = None,
+    std: Statistic = None,
+    layout: str = "nchw",
+) -> Tensor:
+    """What the operation means, in plain PyTorch. Any device, any dtype, differentiable."""
+    images = images if layout == "nchw" else images.permute(0, 3, 1, 2)
+    scale_shift = _scale_shift(images, mean, std, weight.dtype)
+    _, _, p, q = weight.shape
+    rows = visible_rows_ref(images, ids_keep, scale_shift, p, q, _rows_dtype(weight))
+    embedded = F.linear(rows, weight.flatten(1), bias)
+    if positions is None:
+        return embedded
+    # Indexing, not gather: its gradient adds up in a fixed order on every device.
+    return embedded + (positions if ids_keep is None else positions[ids_keep])
+
+
+def visible_patch_embed(
+    images: Tensor,
+    ids_keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor | None = None,
+    *,
+    mean: Statistic = None,
+    std: Statistic = None,
+    layout: str = "nchw",
+    backend: str | None = None,
+) -> Tensor:
+    """Patch embedding of the visible patches: normalise, cut out, one linear map, add positions.
+
+    Args:
+        images: [B, C, H, W] or, with layout="nhwc", [B, H, W, C]; uint8 or floating point, any strides; H and W
+            divisible by the patch.
+        ids_keep: [B, K] int64, row-major patch positions in [0, N), as `random_mask` gives them; None takes all
+            patches in row-major order.
+        weight: [E, C, p, q], as a convolution with stride (p, q) has it.
+        bias: [E] or None.
+        positions: [N, E], of which the rows of visible patches are added; None adds nothing.
+        mean, std: one number a channel, a sequence (cheapest) or a tensor [C]; both or none. Floating-point pixels
+            become (x - mean) / std, uint8 pixels (x / 255 - mean) / std. Without them uint8 becomes x / 255.
+        layout: "nchw" or "nhwc".
+        backend: "reference", "cpu" or "triton"; chosen by device when None.
+
+    Returns:
+        [B, K, E] in the dtype of `weight` (autocast's where it is on) or, if wider, of `positions`. Differentiable
+        with respect to weight, bias, positions, and images of floating point.
+
+    Raises:
+        ValueError: sizes that do not fit, naming both; or a backend asked for by name that cannot run, with its reason.
+
+    Source: MAE (arXiv 2111.06377), section 3; the reference code embeds all patches and drops three quarters.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"visible_patch_embed: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    _check(images, ids_keep, weight, bias, positions, mean, std, layout)
+    _backends.choose(images.device, weight.dtype, backend)
+    return visible_patch_embed_ref(images, ids_keep, weight, bias, positions, mean, std, layout)
+
+
+def _rows_dtype(weight: Tensor) -> torch.dtype:
+    """What the linear map would be given: autocast's dtype where it is on."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def _scale_shift(images: Tensor, mean: Statistic, std: Statistic, dtype: torch.dtype) -> Tensor | None:
+    """[2, C] fp32 (fp64 for that dtype): pixels * scale + shift are the normalised ones. None: as they are."""
+    unit = 255.0 if images.dtype == torch.uint8 else 1.0
+    if mean is None and unit == 1.0:
+        return None
+    dtype = torch.promote_types(dtype, torch.float32)
+    if isinstance(mean, Tensor) or isinstance(std, Tensor):
+        mean, std = (torch.as_tensor(s, device=images.device).detach().double() for s in (mean, std))
+        return torch.stack((1 / (unit * std), -mean / std)).to(dtype)
+    channels = images.shape[1]
+    mean, std = (0.0,) * channels if mean is None else mean, (1.0,) * channels if std is None else std
+    values = tuple(1 / (unit * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=images.device)
+    return _constant(values, dtype, images.device)
+
+
+@cache
+def _constant(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copied to the device once, not at every step."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _check(
+    images: Tensor,
+    ids_keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor | None,
+    mean: Statistic,
+    std: Statistic,
+    layout: str,
+) -> None:
+    """Raises ValueError in the caller's terms."""
+    op = "visible_patch_embed"
+    if images.dim() != 4:
+        expected = "[B, C, H, W]" if layout == "nchw" else "[B, H, W, C]"
+        raise ValueError(f"{op}: images must be {expected}, got {list(images.shape)}")
+    if not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise ValueError(f"{op}: images must be uint8 or floating point, got {images.dtype}")
+    batch, channels, height, width = (images.shape[i] for i in ((0, 1, 2, 3) if layout == "nchw" else (0, 3, 1, 2)))
+    if weight.dim() != 4 or weight.shape[1] != channels:
+        raise ValueError(
+            f"{op}: weight must be [E, {channels}, p, q], as {layout} images {list(images.shape)} have "
+            f"{channels} channels, got {list(weight.shape)}"
+        )
+    embedding, _, p, q = weight.shape
+    check_divisible(op, height, width, (p, q))
+    patches = (height // p) * (width // q)
+    if ids_keep is not None and (ids_keep.dim() != 2 or ids_keep.shape[0] != batch or ids_keep.dtype != torch.int64):
+        raise ValueError(f"{op}: ids_keep must be int64 [{batch}, K], got {ids_keep.dtype} {list(ids_keep.shape)}")
+    if bias is not None and bias.shape != (embedding,):
+        raise ValueError(f"{op}: bias must be [{embedding}], as weight has rows, got {list(bias.shape)}")
+    if positions is not None and positions.shape != (patches, embedding):
+        raise ValueError(
+            f"{op}: positions must be [{patches}, {embedding}] for {patches} patches of {p}x{q} pixels, "
+            f"got {list(positions.shape)}"
+        )
+    if (mean is None) != (std is None):
+        raise ValueError(f"{op}: mean and std go together; {'mean' if mean is None else 'std'} is missing")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and (
+            values.shape != (channels,) if isinstance(values, Tensor) else len(values) != channels
+        ):
+            got = list(values.shape) if isinstance(values, Tensor) else len(values)
+            raise ValueError(f"{op}: {name} must hold {channels} numbers, one a channel, got {got}")
+    for name, tensor in (("ids_keep", ids_keep), ("weight", weight), ("bias", bias), ("positions", positions)):
+        if tensor is not None and tensor.device != images.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, images on {images.device}")
+        if name != "ids_keep" and tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{op}: {name} must be floating point, got {tensor.dtype}")
