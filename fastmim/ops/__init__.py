@@ -2,6 +2,7 @@
 
 from fastmim.ops.decoder_input import decoder_input
 from fastmim.ops.frequency_loss import frequency_loss
+from fastmim.ops.linear import linear
 from fastmim.ops.masked_conv import masked_conv2d
 from fastmim.ops.masked_patch_loss import masked_patch_loss
 from fastmim.ops.masked_pool import masked_avg_pool2d, masked_max_pool2d
@@ -19,6 +20,7 @@ __all__ = [
     "decoder_input",
     "frequency_loss",
     "gather_tiles",
+    "linear",
     "masked_avg_pool2d",
     "masked_conv2d",
     "masked_max_pool2d",
