@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmim.ops import TileIndex, masked_conv2d
-from fastmim.ops.masked_conv import DENSE_KERNELS, DEPTHWISE_KERNELS
+from fastmim.ops.masked_conv import DENSE_KERNELS, DEPTHWISE_KERNELS, multiplies_rows_faster
 
 __all__ = ["MaskedConv2d", "conv2d_on_tiles", "why_no_conv2d"]
 
@@ -67,10 +67,10 @@ def conv2d_on_tiles(
     if reason := why_no_conv2d(tuple(weight.shape), stride, padding, dilation, groups):
         raise ValueError(f"conv2d_on_tiles: {reason}")
     kernel, step = weight.shape[2], _one(stride)
-    if kernel == 1:
+    if kernel == 1 and not (x.shape[1] == tiles.count and multiplies_rows_faster(x)):
         visible = x if step == 1 else x[:, :, ::step, ::step]
         return F.linear(visible, weight.flatten(1), bias)
-    if kernel == step:
+    if kernel == step > 1:
         return _patches(x, weight, bias, step)
     return masked_conv2d(x, weight, bias, tiles, stride=step, groups=groups)
 

@@ -14,7 +14,7 @@ from fastmim.ops.backends import Backends, compiled
 from fastmim.ops.tile_index import TileIndex
 from fastmim.ops.tiles import check_tiles, gather_tiles_ref, scatter_tiles_ref
 
-__all__ = ["DENSE_KERNELS", "DEPTHWISE_KERNELS", "masked_conv2d", "masked_conv2d_ref"]
+__all__ = ["DENSE_KERNELS", "DEPTHWISE_KERNELS", "masked_conv2d", "masked_conv2d_ref", "multiplies_rows_faster"]
 
 DENSE_KERNELS = (1, 3, 5, 7)
 DEPTHWISE_KERNELS = (3, 5, 7)
@@ -274,6 +274,17 @@ def masked_conv2d(
     if chosen == "reference":
         return masked_conv2d_ref(x, weight, bias, tiles, stride, groups)
     return getattr(torch.ops.fastmim, op)(x, weight, bias, tiles.neighbours, stride, chosen)
+
+
+def multiplies_rows_faster(x: Tensor) -> bool:
+    """Is a 1x1 convolution of `x` better done by `masked_conv2d` than by F.linear?
+
+    On CPUs in fp32: its register-tiled product is faster than torch's there, and a stride needs no copy. In half
+    precision, and on a GPU, torch's own product uses the matrix units.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    return _backends["masked_dense"].choose(x.device, x.dtype) == "cpu"
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: TileIndex, stride: int, groups: int) -> None:

@@ -18,6 +18,7 @@ from fastmim.layers import (
 )
 from fastmim.models.norms import GlobalResponseNorm
 from fastmim.ops import gather_tiles, scatter_tiles
+from fastmim.ops.masked_conv import multiplies_rows_faster
 
 
 def random_tiles(tiles, side, channels, dtype=torch.float64):
@@ -53,6 +54,23 @@ def test_convolution_equals_the_dense_one_on_zeroed_input(options, side, dtype, 
     their_gradients = torch.autograd.grad(theirs, [x, *dense.parameters()], cotangent)
     for a, b in zip(my_gradients, their_gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_only_fp32_on_a_cpu_multiplies_rows_by_its_own_product(stride, some_tiles, monkeypatch):
+    monkeypatch.delenv("FASTMIM_BACKEND", raising=False)
+    tiles, layer = some_tiles(2, (2, 3), 4), MaskedConv2d(20, 24, 1, stride=stride)
+    x = random_tiles(tiles, 2, 20, torch.float32)
+    kernel = {x.dtype: layer(x, tiles)}
+    with torch.autocast("cpu", torch.bfloat16):
+        kernel[torch.bfloat16] = layer(x, tiles)
+    kernel[torch.float64] = layer.double()(x.double(), tiles)
+    assert [dtype for dtype, out in kernel.items() if "masked_dense" in out.grad_fn.name()] == (
+        [torch.float32] if multiplies_rows_faster(x) else []
+    )
+    for dtype, out in kernel.items():
+        tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(out.double(), kernel[torch.float64], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
