@@ -16,10 +16,12 @@ T* pointer(std::uintptr_t address) {
 using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
 
 void bind_frequency_loss(pybind11::module_& m);
+void bind_homologous_contrastive(pybind11::module_& m);
 void bind_masked_patch_loss(pybind11::module_& m);
 void bind_masked_dense(pybind11::module_& m);
 void bind_masked_depthwise(pybind11::module_& m);
 void bind_masked_depthwise_cuda(pybind11::module_& m);  // only in builds with CUDA kernels
+void bind_mixing_map(pybind11::module_& m);
 void bind_pages(pybind11::module_& m);
 void bind_random_mask(pybind11::module_& m);
 void bind_tile_index(pybind11::module_& m);

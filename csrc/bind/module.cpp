@@ -39,12 +39,14 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastmim's compiled kernels over raw pointers; call them through fastmim.ops";
   m.def("build_info", &build_info);
   fastmim::bind_frequency_loss(m);
+  fastmim::bind_homologous_contrastive(m);
   fastmim::bind_masked_patch_loss(m);
   fastmim::bind_masked_dense(m);
   fastmim::bind_masked_depthwise(m);
 #if defined(FASTMIM_CUDA_BUILD)
   fastmim::bind_masked_depthwise_cuda(m);
 #endif
+  fastmim::bind_mixing_map(m);
   fastmim::bind_pages(m);
   fastmim::bind_random_mask(m);
   fastmim::bind_tile_index(m);

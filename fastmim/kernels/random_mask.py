@@ -9,7 +9,7 @@ from fastmim.kernels.ahead_of_time import Config
 
 
 @triton.jit
-def _noise(
+def noise(
     cell,  # [...] int32 cell numbers
     image,  # scalar uint32, index in the global batch
     seed,  # scalar int64
@@ -24,6 +24,29 @@ def _noise(
     )
     word = cell % 4
     return tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+
+
+@triton.jit
+def rank_of(
+    cell,  # [BLOCK] int32 cell numbers
+    index,  # scalar uint32, image (or group) in the global batch
+    seed,  # scalar int64
+    step,  # scalar int64
+    N,  # cells
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,  # cells compared with at a time
+):
+    """How many of N cells come before each, by (noise, cell): [BLOCK] int32."""
+    mine = noise(cell, index, seed, step)
+    rank = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(0, N, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        theirs = noise(other, index, seed, step)
+        before = (theirs[None, :] < mine[:, None]) | (
+            (theirs[None, :] == mine[:, None]) & (other[None, :] < cell[:, None])
+        )
+        rank += tl.sum((before & (other < N)[None, :]).to(tl.int32), axis=1)
+    return rank
 
 
 @triton.jit
@@ -42,15 +65,7 @@ def _forward(
     seed, step, first = tl.load(rng), tl.load(rng + 1), tl.load(rng + 2)
     index = ((first + image) & 0xFFFFFFFF).to(tl.uint32)
     cell = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mine = _noise(cell, index, seed, step)
-    rank = tl.zeros([BLOCK], dtype=tl.int32)
-    for start in range(0, N, CHUNK):
-        other = start + tl.arange(0, CHUNK)
-        theirs = _noise(other, index, seed, step)
-        before = (theirs[None, :] < mine[:, None]) | (
-            (theirs[None, :] == mine[:, None]) & (other[None, :] < cell[:, None])
-        )
-        rank += tl.sum((before & (other < N)[None, :]).to(tl.int32), axis=1)
+    rank = rank_of(cell, index, seed, step, N, BLOCK, CHUNK)
     inside = cell < N
     tl.store(ids_restore + image * N + cell, rank.to(tl.int64), mask=inside)
     tl.store(mask + image * N + cell, (rank >= K).to(tl.int8), mask=inside)

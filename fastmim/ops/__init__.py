@@ -2,11 +2,13 @@
 
 from fastmim.ops.decoder_input import decoder_input
 from fastmim.ops.frequency_loss import frequency_loss
+from fastmim.ops.homologous_contrastive import homologous_contrastive
 from fastmim.ops.linear import linear
 from fastmim.ops.masked_conv import masked_conv2d
 from fastmim.ops.masked_patch_loss import masked_patch_loss
 from fastmim.ops.masked_pool import masked_avg_pool2d, masked_max_pool2d
 from fastmim.ops.masks import patchify, unpatchify, upsample_mask
+from fastmim.ops.mixing_map import MixingMap, mixing_map
 from fastmim.ops.packed_attention import attention, packed_attention
 from fastmim.ops.random_mask import Masks, random_mask
 from fastmim.ops.tile_index import TileIndex
@@ -15,16 +17,19 @@ from fastmim.ops.visible_patch_embed import visible_patch_embed
 
 __all__ = [
     "Masks",
+    "MixingMap",
     "TileIndex",
     "attention",
     "decoder_input",
     "frequency_loss",
     "gather_tiles",
+    "homologous_contrastive",
     "linear",
     "masked_avg_pool2d",
     "masked_conv2d",
     "masked_max_pool2d",
     "masked_patch_loss",
+    "mixing_map",
     "packed_attention",
     "patchify",
     "random_mask",
