@@ -15,6 +15,7 @@ T* pointer(std::uintptr_t address) {
 
 using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
 
+void bind_decoder_input(pybind11::module_& m);
 void bind_frequency_loss(pybind11::module_& m);
 void bind_homologous_contrastive(pybind11::module_& m);
 void bind_masked_patch_loss(pybind11::module_& m);

@@ -38,6 +38,7 @@ static py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastmim's compiled kernels over raw pointers; call them through fastmim.ops";
   m.def("build_info", &build_info);
+  fastmim::bind_decoder_input(m);
   fastmim::bind_frequency_loss(m);
   fastmim::bind_homologous_contrastive(m);
   fastmim::bind_masked_patch_loss(m);
