@@ -12,7 +12,7 @@ from benchmarks.baselines.mae import Decoder, PlainMAE
 from benchmarks.baselines.resnet import BasicBlock, Bottleneck, PlainResNet
 from benchmarks.baselines.simmim import PlainSimMIM, pixel_head
 from benchmarks.baselines.vit import PlainBeit, PlainViT
-from fastmim.models.drop_path import DropPath
+from fastmim.layers.drop_path import DropPath
 from fastmim.models.encoder import Encoder
 
 _HEADS = ("encoder.head.", "encoder.fc.", "encoder.fc_norm.")  # classification heads, idle in pre-training

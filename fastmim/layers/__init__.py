@@ -1,9 +1,14 @@
-"""Drop-in layers that compute only what is visible, and the conversion of whole CNNs.
+"""Drop-in layers: attention and blocks of transformers; layers that compute only what is visible, and the conversion of
+whole CNNs.
 
 Every masked layer is called as layer(x, tiles): x is tiles [B, K, t, t, C] (B images, K visible cells, t tile side, C
 channels), `tiles` a `fastmim.ops.TileIndex`.
 """
 
+from fastmim.layers.fused_attention import FusedAttention
+from fastmim.layers.fused_beit import FusedBeitAttention, FusedBeitBlock
+from fastmim.layers.fused_block import FusedBlock
+from fastmim.layers.linear import Linear
 from fastmim.layers.masked_batch_norm import MaskedBatchNorm2d
 from fastmim.layers.masked_conv import MaskedConv2d
 from fastmim.layers.masked_grn import MaskedGRN
@@ -13,6 +18,11 @@ from fastmim.layers.masked_squeeze_excite import MaskedSqueezeExcite
 from fastmim.layers.sparsify import SparseModule, TileOutput, sparsify, stage_names
 
 __all__ = [
+    "FusedAttention",
+    "FusedBeitAttention",
+    "FusedBeitBlock",
+    "FusedBlock",
+    "Linear",
     "MaskedAdaptiveAvgPool2d",
     "MaskedAvgPool2d",
     "MaskedBatchNorm2d",

@@ -10,13 +10,18 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fastmim.models.drop_path import drop_path, drop_path_rates
-from fastmim.models.positions import num_relative_positions, relative_position_index, visible_pairs
+from fastmim.layers import FusedBeitBlock
+from fastmim.layers.drop_path import drop_path_rates
+from fastmim.layers.relative_positions import (
+    look_up_bias,
+    num_relative_positions,
+    relative_position_index,
+    visible_pairs,
+)
 from fastmim.models.registry import register_encoders
 from fastmim.models.token_encoder import TokenEncoder
-from fastmim.models.transformer import NORM_EPS, Mlp, init_linear, join_heads, split_heads
+from fastmim.models.transformer import init_linear, norm_layer
 
 
 class RelativePositionBias(nn.Module):
@@ -28,69 +33,6 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, index: Tensor) -> Tensor:
         return look_up_bias(self.relative_position_bias_table, index)
-
-
-def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
-    """Table [R, H] read at index [T, T] or [B, T, T] -> bias [1 or B, H, T, T]."""
-    bias = F.embedding(index, table).movedim(-1, -3)
-    return (bias[None] if index.ndim == 2 else bias).contiguous()
-
-
-class BeitAttention(nn.Module):
-    """Self-attention whose keys have no bias (softmax would cancel it), with an optional relative position bias."""
-
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, bias_grid: tuple[int, int] | None) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
-        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
-        self.relative_position_bias_table = (
-            nn.Parameter(torch.zeros(num_relative_positions(bias_grid), num_heads)) if bias_grid else None
-        )
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, index: Tensor | None, shared_bias: Tensor | None) -> Tensor:
-        qkv_bias = None
-        if self.q_bias is not None and self.v_bias is not None:
-            qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        q, k, v = split_heads(F.linear(x, self.qkv.weight, qkv_bias), self.num_heads)
-        bias = shared_bias
-        if self.relative_position_bias_table is not None and index is not None:
-            bias = look_up_bias(self.relative_position_bias_table, index)
-            if shared_bias is not None:
-                bias = bias + shared_bias
-        return self.proj(join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias)))
-
-
-class BeitBlock(nn.Module):
-    """Pre-norm block with BEiT's names for LayerScale (`gamma_1`, `gamma_2`)."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        init_values: float | None,
-        drop_path_rate: float,
-        bias_grid: tuple[int, int] | None,
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = BeitAttention(dim, num_heads, qkv_bias, bias_grid)
-        self.drop_path1 = drop_path(drop_path_rate)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path2 = drop_path(drop_path_rate)
-        self.gamma_1 = nn.Parameter(torch.full((dim,), init_values)) if init_values else None
-        self.gamma_2 = nn.Parameter(torch.full((dim,), init_values)) if init_values else None
-
-    def forward(self, x: Tensor, index: Tensor | None, shared_bias: Tensor | None) -> Tensor:
-        attended = self.attn(self.norm1(x), index, shared_bias)
-        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
-        mixed = self.mlp(self.norm2(x))
-        return x + self.drop_path2(mixed if self.gamma_2 is None else self.gamma_2 * mixed)
 
 
 class Beit(TokenEncoder):
@@ -145,7 +87,17 @@ class Beit(TokenEncoder):
         self.register_buffer("relative_position_index", index, persistent=False)
         bias_grid = self.grid_size if use_rel_pos_bias else None
         blocks = [
-            BeitBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, init_values, rate, bias_grid)
+            FusedBeitBlock(
+                embed_dim,
+                num_heads,
+                qkv_bias=qkv_bias,
+                mlp_ratio=mlp_ratio,
+                drop_path=rate,
+                init_values=init_values,
+                norm_layer=norm_layer,
+                window_size=bias_grid,
+                own_index=False,  # one for all blocks: `relative_position_index`
+            )
             for rate in drop_path_rates(drop_path_rate, depth)
         ]
         self.blocks = nn.ModuleList(blocks)
@@ -153,7 +105,7 @@ class Beit(TokenEncoder):
         self._init_weights(blocks)
 
     @torch.no_grad()
-    def _init_weights(self, blocks: list[BeitBlock]) -> None:
+    def _init_weights(self, blocks: list[FusedBeitBlock]) -> None:
         self.apply(init_linear)
         for embedding in (self.cls_token, self.pos_embed):
             if embedding is not None:
@@ -169,7 +121,7 @@ class Beit(TokenEncoder):
         if index is not None and ids_keep is not None:
             index = visible_pairs(index, ids_keep)
         shared_bias = self.rel_pos_bias(index) if self.rel_pos_bias is not None else None
-        return index, shared_bias
+        return shared_bias, index
 
     def no_weight_decay(self) -> set[str]:
         """Tokens, positions and bias tables."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmim.models.drop_path import drop_path, drop_path_rates
+from fastmim.layers.drop_path import drop_path, drop_path_rates
 from fastmim.models.encoder import Encoder, InsertFunction, Insertion, pair
 from fastmim.models.norms import GlobalResponseNorm, LayerNorm2d
 from fastmim.models.registry import register_encoders

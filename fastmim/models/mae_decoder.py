@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.models.positions import sincos_positions
-from fastmim.models.transformer import NORM_EPS, Block
+from fastmim.models.transformer import NORM_EPS, block
 
 
 class MAEDecoder(nn.Module):
@@ -48,10 +48,7 @@ class MAEDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions = sincos_positions(dim, grid, num_prefix_tokens)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, init_values=None, drop_path_rate=0.0)
-            for _ in range(depth)
-        )
+        self.decoder_blocks = nn.ModuleList(block(dim, num_heads) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.decoder_pred = nn.Linear(dim, patch_values)
         self.apply(init_mae_linear)
@@ -63,8 +60,8 @@ class MAEDecoder(nn.Module):
         prefix, visible = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         x = torch.cat((prefix, restore(visible, self.mask_token.to(x.dtype), ids_restore)), dim=1)
         x = x + self.decoder_pos_embed.to(x.dtype)
-        for block in self.decoder_blocks:
-            x = block(x)
+        for layer in self.decoder_blocks:
+            x = layer(x)
         return self.decoder_pred(self.decoder_norm(x[:, self.num_prefix_tokens :]))
 
 

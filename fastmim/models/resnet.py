@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastmim.models.drop_path import drop_path, drop_path_rates
+from fastmim.layers.drop_path import drop_path, drop_path_rates
 from fastmim.models.encoder import Encoder, InsertFunction, Insertion, pair
 from fastmim.models.registry import register_encoders
 

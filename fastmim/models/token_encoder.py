@@ -57,7 +57,7 @@ class TokenEncoder(Encoder):
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens [B, P + N, D] after the final norm (which models with `fc_norm` apply after pooling instead)."""
         self._check_images(images)
-        return self._encode(self.patch_embed(images))
+        return self._encode(images)
 
     def forward_visible(self, images: Tensor, ids_keep: Tensor) -> Tensor:
         """Encode the visible patches only; the pixels of the others are not read.
@@ -75,7 +75,7 @@ class TokenEncoder(Encoder):
                 f"{self._label}: forward_visible expects ids_keep [{images.shape[0]}, K] for images "
                 f"{list(images.shape)}, but was given {list(ids_keep.shape)}"
             )
-        return self._encode(self.patch_embed.forward_visible(images, ids_keep), ids_keep)
+        return self._encode(images, ids_keep)
 
     def forward_map(self, images: Tensor, insert: InsertFunction | None = None, at: int | None = None) -> Tensor:
         """Patch tokens after the final norm as a map [B, D, gh, gw].
@@ -85,7 +85,7 @@ class TokenEncoder(Encoder):
         """
         self._check_images(images)
         index = self._insertion_index(at, len(self.blocks), default=0)
-        tokens = self._encode(self.patch_embed(images), insert=insert, at=index)
+        tokens = self._encode(images, insert=insert, at=index)
         return tokens[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.grid_size)
 
     def insertion(self, at: int | None = None) -> Insertion:
@@ -112,11 +112,15 @@ class TokenEncoder(Encoder):
         return {name for name in ("pos_embed", "cls_token", "reg_token") if getattr(self, name) is not None}
 
     def _encode(
-        self, patches: Tensor, ids_keep: Tensor | None = None, insert: InsertFunction | None = None, at: int = 0
+        self, images: Tensor, ids_keep: Tensor | None = None, insert: InsertFunction | None = None, at: int = 0
     ) -> Tensor:
+        positions = self._patch_positions()
         if insert is not None and at == 0:
-            patches = insert(patches)
-        x = self._with_prefix_and_positions(patches, ids_keep)
+            patches = insert(self.patch_embed(images))
+            patches = patches if positions is None else patches + positions
+        else:
+            patches = self.patch_embed(images, ids_keep, positions)
+        x = self._with_prefix(patches)
         context = self._block_context(ids_keep)
         for index, block in enumerate(self.blocks):
             if insert is not None and index == at > 0:
@@ -129,19 +133,21 @@ class TokenEncoder(Encoder):
         """What every block receives beside the tokens."""
         return ()
 
-    def _with_prefix_and_positions(self, patches: Tensor, ids_keep: Tensor | None) -> Tensor:
-        """[B, N or K, D] -> [B, P + N or K, D]."""
-        prefix: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        if self.pos_embed is not None:
-            with_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-            positions = self.pos_embed[:, with_prefix:]
-            # Indexing, not gather: the gradient of learned positions then adds up in a fixed order on every device.
-            patches = patches + (positions if ids_keep is None else positions[0][ids_keep])
-            if prefix and with_prefix:
-                prefix = [torch.cat(prefix, dim=1) + self.pos_embed[:, :with_prefix]]
-        if not prefix:
+    def _patch_positions(self) -> Tensor | None:
+        """[N, D], added to the patches."""
+        if self.pos_embed is None:
+            return None
+        return self.pos_embed[0, 0 if self.no_embed_class else self.num_prefix_tokens :]
+
+    def _with_prefix(self, patches: Tensor) -> Tensor:
+        """[B, N or K, D] -> [B, P + N or K, D]: prefix tokens, with their positions, in front."""
+        tokens: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if not tokens:
             return patches
-        return torch.cat([token.expand(patches.shape[0], -1, -1) for token in prefix] + [patches], dim=1)
+        prefix = torch.cat(tokens, dim=1)
+        if self.pos_embed is not None and not self.no_embed_class:
+            prefix = prefix + self.pos_embed[:, : self.num_prefix_tokens]
+        return torch.cat((prefix.expand(patches.shape[0], -1, -1), patches), dim=1)
 
     def _check_images(self, images: Tensor) -> None:
         super()._check_images(images)

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmim.models.drop_path import drop_path_rates
+from fastmim.layers.drop_path import drop_path_rates
 from fastmim.models.positions import sincos_positions
 from fastmim.models.registry import register_encoders
 from fastmim.models.token_encoder import TokenEncoder
-from fastmim.models.transformer import Block, init_linear
+from fastmim.models.transformer import block, init_linear
 from fastmim.models.vit_variants import VIT_VARIANTS
 
 POSITIONS = ("learn", "sincos", "none")
@@ -71,7 +71,7 @@ class VisionTransformer(TokenEncoder):
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.pos_embed = self._positions(pos_embed)
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, init_values, rate)
+            block(embed_dim, num_heads, mlp_ratio, qkv_bias, init_values, rate)
             for rate in drop_path_rates(drop_path_rate, depth)
         )
         self._build_head(norm_after_pool=global_pool == "avg" if fc_norm is None else fc_norm)

@@ -285,7 +285,7 @@ def _sequence_dtype(visible: Tensor, positions: Tensor | None) -> torch.dtype:
 
 def _normed_dtype(device: torch.device, sequence: torch.dtype) -> torch.dtype:
     """What the linear map after the norm would be given under autocast; else as the sequence."""
-    if torch.is_autocast_enabled(device.type) and sequence != torch.float64:
+    if device.type != "meta" and torch.is_autocast_enabled(device.type) and sequence != torch.float64:
         return torch.get_autocast_dtype(device.type)
     return sequence
 

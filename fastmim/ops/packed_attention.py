@@ -26,7 +26,7 @@ def attention_ref(
     """What the operation means, in plain PyTorch. Any device, any dtype, differentiable."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast("cpu" if q.device.type == "meta" else q.device.type, enabled=False):
         k, v = kv.to(dtype).unbind(2)
         scores = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype) * scale, k)
         if bias is not None:
@@ -139,7 +139,7 @@ def _choose(op: str, q: Tensor, backend: str | None) -> str:
 
 
 def _in_dtype_of_autocast(x: Tensor) -> Tensor:
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype == torch.float32 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 

@@ -105,7 +105,7 @@ def visible_patch_embed(
 def _rows_dtype(weight: Tensor) -> torch.dtype:
     """What the linear map would be given: autocast's dtype where it is on."""
     device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return weight.dtype
 

@@ -124,7 +124,7 @@ def test_visible_encoding_is_the_full_one_with_masked_keys_shut_out(positions):
     if encoder.pos_embed is not None:
         x = x + encoder.pos_embed
     for block in encoder.blocks:
-        x = block(x, encoder.relative_position_index, shut_out[:, None, None, :])
+        x = block(x, shut_out[:, None, None, :], encoder.relative_position_index)
     kept = torch.cat((ids_keep.new_zeros(3, 1), 1 + ids_keep), dim=1)
     torch.testing.assert_close(encoder.forward_visible(images, ids_keep), x[torch.arange(3)[:, None], kept])
 

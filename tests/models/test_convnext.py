@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from fastmim.layers.drop_path import DropPath
 from fastmim.models import create_encoder, list_encoders
-from fastmim.models.drop_path import DropPath
 from fastmim.models.encoder import Insertion
 from fastmim.models.norms import GlobalResponseNorm, LayerNorm2d
 

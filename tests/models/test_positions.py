@@ -5,12 +5,8 @@ import math
 import pytest
 import torch
 
-from fastmim.models.positions import (
-    num_relative_positions,
-    relative_position_index,
-    sincos_positions,
-    visible_pairs,
-)
+from fastmim.layers.relative_positions import num_relative_positions, relative_position_index, visible_pairs
+from fastmim.models.positions import sincos_positions
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (1, 1), (14, 14)])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from fastmim.layers.drop_path import DropPath
 from fastmim.models import Insertion, create_encoder, list_encoders
-from fastmim.models.drop_path import DropPath
 from fastmim.models.positions import sincos_positions
 
 SMALL = {"img_size": (32, 48), "patch_size": 8, "depth": 2, "embed_dim": 48}

@@ -14,11 +14,16 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_prob == 0.0:
-            return x
+        return x * self.draw(x) if self.active else x
+
+    @property
+    def active(self) -> bool:
+        return self.training and self.drop_prob > 0.0
+
+    def draw(self, x: Tensor) -> Tensor:
+        """What the branch of each image is multiplied by: 0 or 1 / (1 - drop_prob), of shape [B, 1, ...]."""
         keep = 1.0 - self.drop_prob
-        per_image = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        return x * per_image.div_(keep)
+        return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
