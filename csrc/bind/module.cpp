@@ -48,6 +48,7 @@ PYBIND11_MODULE(_C, m) {
   fastmim::bind_masked_depthwise_cuda(m);
 #endif
   fastmim::bind_mixing_map(m);
+  fastmim::bind_packed_attention(m);
   fastmim::bind_pages(m);
   fastmim::bind_random_mask(m);
   fastmim::bind_tile_index(m);

@@ -4,15 +4,14 @@ projection reads.
 Legend: B batch, N tokens, Nq queries, Nk keys, H heads, D head width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastmim.ops.backends import Backends
+from fastmim.ops.attention_operators import ELEMENTS, WIDTHS, attention_backends
 
 __all__ = ["attention", "attention_ref", "packed_attention", "packed_attention_ref"]
-
-WIDTHS = (32, 40, 48, 64, 80, 96, 128)  # head widths that the kernels take
-_backends = Backends("packed_attention")
 
 
 def attention_ref(
@@ -86,10 +85,7 @@ def packed_attention(
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv must be [B, N, 3, H, D], got {list(qkv.shape)}")
     _check_scores(op, qkv, qkv.shape[1], qkv.shape[1], bias, key_log_count, key_mask)
-    qkv, bias = _in_dtype_of_autocast(qkv), _with_batch(bias)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
-    _choose(op, qkv, backend)
-    return packed_attention_ref(qkv, bias, key_log_count, key_mask, scale)
+    return _run(op, (_in_dtype_of_autocast(qkv),), bias, key_log_count, key_mask, scale, backend)
 
 
 def attention(
@@ -126,26 +122,39 @@ def attention(
             f"{op}: q and kv must share dtype and device, got {q.dtype} on {q.device} and {kv.dtype} on {kv.device}"
         )
     _check_scores(op, q, q.shape[1], kv.shape[1], bias, key_log_count, key_mask)
-    q, kv, bias = _in_dtype_of_autocast(q), _in_dtype_of_autocast(kv), _with_batch(bias)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    _choose(op, q, backend)
-    return attention_ref(q, kv, bias, key_log_count, key_mask, scale)
+    tensors = _in_dtype_of_autocast(q), _in_dtype_of_autocast(kv)
+    return _run(op, tensors, bias, key_log_count, key_mask, scale, backend)
 
 
-def _choose(op: str, q: Tensor, backend: str | None) -> str:
-    width = q.shape[-1]
+def _run(
+    op: str,
+    tensors: Any,
+    bias: Tensor | None,
+    key_log_count: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float | None,
+    backend: str | None,
+) -> Tensor:
+    width, dtype = tensors[0].shape[-1], tensors[0].dtype
+    scale = width**-0.5 if scale is None else float(scale)
     unfit = "" if width in WIDTHS else f"the kernels take head widths {', '.join(map(str, WIDTHS))}, this is {width}"
-    return _backends.choose(q.device, q.dtype, backend, unfit)
+    chosen = attention_backends.choose(tensors[0].device, dtype, backend, unfit)
+    if bias is not None and bias.dim() == 3:
+        bias = bias.unsqueeze(0)
+    if chosen == "reference":
+        reference: Any = packed_attention_ref if op == "packed_attention" else attention_ref
+        return reference(*tensors, bias, key_log_count, key_mask, scale)
+    if bias is not None and bias.dtype not in ELEMENTS:
+        bias = bias.to(torch.float32)
+    if key_log_count is not None:
+        key_log_count = key_log_count.detach().to(torch.float32)
+    return getattr(torch.ops.fastmim, op)(*tensors, bias, key_log_count, key_mask, scale, chosen)[0]
 
 
 def _in_dtype_of_autocast(x: Tensor) -> Tensor:
     if x.dtype == torch.float32 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
-
-
-def _with_batch(bias: Tensor | None) -> Tensor | None:
-    return bias.unsqueeze(0) if bias is not None and bias.dim() == 3 else bias
 
 
 def _check_scores(
