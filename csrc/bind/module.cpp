@@ -49,7 +49,9 @@ PYBIND11_MODULE(_C, m) {
 #endif
   fastmim::bind_mixing_map(m);
   fastmim::bind_packed_attention(m);
+  fastmim::bind_masked_pool(m);
   fastmim::bind_pages(m);
   fastmim::bind_random_mask(m);
   fastmim::bind_tile_index(m);
+  fastmim::bind_tiles(m);
 }

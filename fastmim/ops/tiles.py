@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmim.ops.backends import Backends
+from fastmim.ops.backends import Backends, compiled
 from fastmim.ops.tile_index import TileIndex
 
 __all__ = ["check_tiles", "gather_tiles", "gather_tiles_ref", "scatter_tiles", "scatter_tiles_ref"]
 
-_gather = Backends("gather_tiles", triton="fastmim.kernels.tiles")
-_scatter = Backends("scatter_tiles", triton="fastmim.kernels.tiles")
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as csrc/cpu/tiles.h has them
+_whole = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_gather = Backends(
+    "gather_tiles", cpu="gather_tiles", triton="fastmim.kernels.tiles", dtypes={"cpu": (*ELEMENTS, *_whole)}
+)
+_scatter = Backends("scatter_tiles", cpu="scatter_tiles", triton="fastmim.kernels.tiles", dtypes={"cpu": ELEMENTS})
 
 
 def gather_tiles_ref(dense: Tensor, tiles: TileIndex) -> Tensor:
@@ -43,7 +47,7 @@ def gather_tiles(dense: Tensor, tiles: TileIndex, *, backend: str | None = None)
     Args:
         dense: [B, C, H, W], any dtype and strides; H = gh * t and W = gw * t.
         tiles: the visible cells.
-        backend: "reference" or "triton"; chosen by device when None.
+        backend: "reference", "cpu" or "triton"; chosen by device when None.
 
     Returns:
         [B, K, t, t, C] contiguous, in the order of `tiles.ids_keep`. Differentiable.
@@ -61,9 +65,10 @@ def gather_tiles(dense: Tensor, tiles: TileIndex, *, backend: str | None = None)
         raise ValueError(
             f"gather_tiles: a map of {height} x {width} is not a {gh} x {gw} grid of square cells ({list(dense.shape)})"
         )
-    if _chosen(_gather, dense, backend) == "reference":
+    chosen = _gather.choose(dense.device, dense.dtype, backend)
+    if chosen == "reference":
         return gather_tiles_ref(dense, tiles)
-    return torch.ops.fastmim.gather_tiles(dense, tiles.ids_keep, tiles.slots, gh, gw)
+    return torch.ops.fastmim.gather_tiles(dense, tiles.ids_keep, tiles.slots, gh, gw, chosen)
 
 
 def scatter_tiles(x: Tensor, tiles: TileIndex, fill: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -73,7 +78,7 @@ def scatter_tiles(x: Tensor, tiles: TileIndex, fill: Tensor | None = None, *, ba
         x: [B, K, t, t, C].
         tiles: the visible cells.
         fill: [C], what masked cells hold (a mask token); zero when None.
-        backend: "reference" or "triton"; chosen by device when None.
+        backend: "reference", "cpu" or "triton"; chosen by device when None.
 
     Returns:
         [B, C, H, W] in memory format channels_last. Differentiable with respect to `x` and `fill`.
@@ -85,87 +90,107 @@ def scatter_tiles(x: Tensor, tiles: TileIndex, fill: Tensor | None = None, *, ba
     check_tiles("scatter_tiles", x, tiles)
     if fill is not None and fill.shape != x.shape[4:]:
         raise ValueError(f"scatter_tiles: fill must be [{x.shape[4]}], as x has channels, got {list(fill.shape)}")
-    if _chosen(_scatter, x, backend) == "reference":
+    chosen = _scatter.choose(x.device, x.dtype, backend)
+    if chosen == "reference":
         return scatter_tiles_ref(x, tiles, fill)
     fill = None if fill is None else fill.to(x.dtype)
-    return torch.ops.fastmim.scatter_tiles(x, fill, tiles.ids_keep, tiles.slots, *tiles.grid)
+    return torch.ops.fastmim.scatter_tiles(x, fill, tiles.ids_keep, tiles.slots, *tiles.grid, chosen)
 
 
-def _chosen(backends: Backends, tensor: Tensor, backend: str | None) -> str:
-    """On a CPU the reference is as good as it gets, whatever FASTMIM_BACKEND says of operations that have more."""
-    if backend is None and not tensor.is_cuda:
-        return "reference"
-    return backends.choose(tensor.device, tensor.dtype, backend)
-
-
-_index = "Tensor ids_keep, Tensor slots, int gh, int gw"
+_index = "Tensor ids_keep, Tensor slots, int gh, int gw, str backend"
 torch.library.define("fastmim::gather_tiles", f"(Tensor dense, {_index}) -> Tensor")
 torch.library.define("fastmim::scatter_tiles", f"(Tensor x, Tensor? fill, {_index}) -> Tensor")
 torch.library.define("fastmim::masked_sum", f"(Tensor dense, {_index}) -> Tensor")  # [C], over masked positions
 
 
 @torch.library.register_fake("fastmim::gather_tiles")
-def _empty_tiles(dense: Tensor, ids_keep: Tensor, slots: Tensor, gh: int, gw: int) -> Tensor:
+def _empty_tiles(dense: Tensor, ids_keep: Tensor, slots: Tensor, gh: int, gw: int, backend: str) -> Tensor:
     _, channels, height, width = dense.shape
     return dense.new_empty((*ids_keep.shape, height // gh, width // gw, channels))
 
 
 @torch.library.register_fake("fastmim::scatter_tiles")
-def _empty_map(x: Tensor, fill: Tensor | None, ids_keep: Tensor, slots: Tensor, gh: int, gw: int) -> Tensor:
+def _empty_map(
+    x: Tensor, fill: Tensor | None, ids_keep: Tensor, slots: Tensor, gh: int, gw: int, backend: str
+) -> Tensor:
     batch, _, side, _, channels = x.shape
     return x.new_empty((batch, gh * side, gw * side, channels)).permute(0, 3, 1, 2)
 
 
 @torch.library.register_fake("fastmim::masked_sum")
-def _empty_sum(dense: Tensor, ids_keep: Tensor, slots: Tensor, gh: int, gw: int) -> Tensor:
+def _empty_sum(dense: Tensor, ids_keep: Tensor, slots: Tensor, gh: int, gw: int, backend: str) -> Tensor:
     return dense.new_empty((dense.shape[1],))
 
 
 @torch.library.impl("fastmim::gather_tiles", ("cpu", "cuda"))
-def _run_gather(dense: Tensor, ids_keep: Tensor, slots: Tensor, gh: int, gw: int) -> Tensor:
-    x = _empty_tiles(dense, ids_keep, slots, gh, gw)
-    _gather.triton().gather_tiles(dense, ids_keep.contiguous(), (gh, gw), x)
+def _run_gather(dense: Tensor, ids_keep: Tensor, slots: Tensor, gh: int, gw: int, backend: str) -> Tensor:
+    ids_keep, x = ids_keep.contiguous(), _empty_tiles(dense, ids_keep, slots, gh, gw, backend)
+    if backend == "triton":
+        _gather.triton().gather_tiles(dense, ids_keep, (gh, gw), x)
+    else:
+        shape, at = _shape(x, gh, gw), (dense.data_ptr(), dense.stride())
+        compiled().gather_tiles(shape, dense.element_size(), *at, ids_keep.data_ptr(), x.data_ptr())
     return x
 
 
 @torch.library.impl("fastmim::scatter_tiles", ("cpu", "cuda"))
-def _run_scatter(x: Tensor, fill: Tensor | None, ids_keep: Tensor, slots: Tensor, gh: int, gw: int) -> Tensor:
-    dense = _empty_map(x, fill, ids_keep, slots, gh, gw)
+def _run_scatter(
+    x: Tensor, fill: Tensor | None, ids_keep: Tensor, slots: Tensor, gh: int, gw: int, backend: str
+) -> Tensor:
+    dense, x, slots = _empty_map(x, fill, ids_keep, slots, gh, gw, backend), x.contiguous(), slots.contiguous()
     fill = None if fill is None else fill.contiguous()
-    _scatter.triton().scatter_tiles(x.contiguous(), fill, slots.contiguous(), (gh, gw), dense)
+    if backend == "triton":
+        _scatter.triton().scatter_tiles(x, fill, slots, (gh, gw), dense)
+    else:
+        token = 0 if fill is None else fill.data_ptr()
+        shape, where = _shape(x, gh, gw), (slots.data_ptr(), dense.data_ptr())
+        compiled().scatter_tiles(shape, x.element_size(), x.data_ptr(), token, *where)
     return dense
 
 
 @torch.library.impl("fastmim::masked_sum", ("cpu", "cuda"))
-def _run_sum(dense: Tensor, ids_keep: Tensor, slots: Tensor, gh: int, gw: int) -> Tensor:
-    return _scatter.triton().masked_sum(dense, slots.contiguous(), (gh, gw))
+def _run_sum(dense: Tensor, ids_keep: Tensor, slots: Tensor, gh: int, gw: int, backend: str) -> Tensor:
+    slots = slots.contiguous()
+    if backend == "triton":
+        return _scatter.triton().masked_sum(dense, slots, (gh, gw))
+    shape = (*ids_keep.shape, gh, gw, dense.shape[2] // gh, dense.shape[1])
+    out, at = _empty_sum(dense, ids_keep, slots, gh, gw, backend), (dense.data_ptr(), dense.stride())
+    compiled().masked_sum(shape, ELEMENTS[dense.dtype], *at, slots.data_ptr(), out.data_ptr())
+    return out
+
+
+def _shape(x: Tensor, gh: int, gw: int) -> tuple[int, ...]:
+    """B, K, gh, gw, t, C, as the compiled kernels take it."""
+    return (*x.shape[:2], gh, gw, x.shape[2], x.shape[4])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.of, (*_, ids_keep, slots, gh, gw) = inputs[0].shape, inputs
-    ctx.grid = gh, gw
+    ctx.of, (*_, ids_keep, slots, gh, gw, backend) = inputs[0].shape, inputs
+    ctx.rest = gh, gw, backend
     ctx.save_for_backward(ids_keep, slots)
 
 
 # Each is the other's gradient, so both can be differentiated again.
 def _differentiate_gather(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.fastmim.scatter_tiles(gradient, None, *ctx.saved_tensors, *ctx.grid), None, None, None, None
+    dense = torch.ops.fastmim.scatter_tiles(gradient, None, *ctx.saved_tensors, *ctx.rest)
+    return dense, None, None, None, None, None
 
 
 def _differentiate_scatter(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x_gradient = fill_gradient = None
     if ctx.needs_input_grad[0]:
-        x_gradient = torch.ops.fastmim.gather_tiles(gradient, *ctx.saved_tensors, *ctx.grid)
+        x_gradient = torch.ops.fastmim.gather_tiles(gradient, *ctx.saved_tensors, *ctx.rest)
     if ctx.needs_input_grad[1]:
-        fill_gradient = torch.ops.fastmim.masked_sum(gradient, *ctx.saved_tensors, *ctx.grid)
-    return x_gradient, fill_gradient, None, None, None, None
+        fill_gradient = torch.ops.fastmim.masked_sum(gradient, *ctx.saved_tensors, *ctx.rest)
+    return x_gradient, fill_gradient, None, None, None, None, None
 
 
 def _differentiate_sum(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     (ids_keep, _), (_, channels, height, _) = ctx.saved_tensors, ctx.of
-    side = height // ctx.grid[0]
+    side = height // ctx.rest[0]
     x = gradient.new_zeros((*ids_keep.shape, side, side, channels))
-    return torch.ops.fastmim.scatter_tiles(x, gradient, *ctx.saved_tensors, *ctx.grid), None, None, None, None
+    dense = torch.ops.fastmim.scatter_tiles(x, gradient, *ctx.saved_tensors, *ctx.rest)
+    return dense, None, None, None, None, None
 
 
 torch.library.register_autograd("fastmim::gather_tiles", _differentiate_gather, setup_context=_save)

@@ -3,11 +3,14 @@ import torch
 import torch.nn.functional as F
 
 from fastmim.ops import TileIndex, gather_tiles, masked_avg_pool2d, masked_max_pool2d, scatter_tiles, upsample_mask
+from fastmim.ops.masked_pool import masked_avg_pool2d_ref, masked_max_pool2d_ref
+from tests.ops.support import LAYOUTS, assert_as_good_as_torch, backends_of
 from tests.ops.test_tile_index import some_ids
 
 # B, grid, K, t, C
 CASES = [(2, (3, 5), 7, 8, 5), (3, (4, 2), 8, 2, 3), (1, (1, 1), 1, 4, 1), (2, (2, 3), 1, 4, 13), (0, (2, 2), 1, 2, 3)]
 WINDOWS = [(3, 2, 1), (2, 2, 0), (2, None, 0), (3, 1, 1)]  # kernel, stride, padding
+KERNELS = backends_of("masked_max_pool2d", reference=False)
 
 
 def make(case, dtype=torch.float32):
@@ -121,3 +124,105 @@ def test_names_what_does_not_fit(pool, window, message):
         pool(x, tiles, *window)
     with pytest.raises(ValueError, match="one of visible, window, got 'all'"):
         masked_avg_pool2d(x, tiles, 2, count="all")
+
+
+# The last three reach several cells, cover a tile with one window, and step over positions.
+KERNEL_WINDOWS = [((3, 2, 1), 4), ((2, 2, 0), 2), ((3, 1, 1), 1), ((5, 1, 2), 2), ((7, 1, 3), 1), ((5, 4, 1), 4),
+                  ((1, 2, 0), 2)]  # fmt: skip
+
+
+def on(device, tiles):
+    return TileIndex.from_ids_keep(tiles.ids_keep.to(device), tiles.grid)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window, side", KERNEL_WINDOWS, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_equal_the_reference(backend, window, side, layout):
+    cases = [(2, (3, 5), 7, side, 83), (2, (1, 2), 1, side, 5), (2, (3, 3), 9, side, 16)]
+    for case in [(1, (1, 2), 1, side, 70), (1, (2, 2), 3, side, 2)] if backend.interpreted else cases:
+        x, tiles, *_ = make(case)
+        tiles = on(backend.device, tiles)
+        x = layout(x - 1)
+        assert_as_good_as_torch(masked_max_pool2d, masked_max_pool2d_ref, x, tiles, *window, backend=backend)
+        for count_of in ("visible", "window"):
+            assert_as_good_as_torch(
+                masked_avg_pool2d, masked_avg_pool2d_ref, x, tiles, *window, backend=backend, count=count_of
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_in_half_precision(backend, dtype):
+    x, tiles, *_ = make((1, (2, 3), 3, 2, 70), dtype)
+    tiles, x = on(backend.device, tiles), x.to(backend.device)
+    assert torch.equal(masked_max_pool2d(x, tiles, 3, 2, 1, backend=backend), masked_max_pool2d_ref(x, tiles, 3, 2, 1))
+    slack = 4.0 if backend.interpreted and dtype == torch.bfloat16 else 2.0  # the interpreter's stores truncate
+    assert_as_good_as_torch(masked_avg_pool2d, masked_avg_pool2d_ref, x, tiles, 3, 2, 1, backend=backend, slack=slack)
+    assert_as_good_as_torch(masked_max_pool2d, masked_max_pool2d_ref, x, tiles, 3, 2, 1, backend=backend, slack=slack)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_one_position_gets_the_gradient_of_a_window(backend):
+    """Ties go to the first, as in torch; a NaN wins, and so does minus infinity where there is nothing else."""
+    x, tiles, *_ = make((1, (1, 2), 1, 4, 20))
+    tiles = on(backend.device, tiles)
+    for value in (3.0, float("-inf")):
+        same = torch.full_like(x, value, device=backend.device).requires_grad_()
+        y = masked_max_pool2d(same, tiles, 2, 2, backend=backend)
+        assert torch.equal(y, torch.full_like(y, value))
+        first = torch.zeros_like(same)
+        first[:, :, ::2, ::2] = 1
+        assert torch.equal(torch.autograd.grad(y.sum(), same)[0], first)
+    holed = x.clone().to(backend.device)
+    holed[0, 0, 1, 2, 3] = float("nan")
+    pooled = masked_max_pool2d(holed, tiles, 3, 2, 1, backend=backend)
+    assert torch.equal(pooled.isnan(), masked_max_pool2d_ref(holed, tiles, 3, 2, 1).isnan())
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_masked_positions_get_nothing_and_give_nothing(backend):
+    """The tiles of one image do not change those of another, and an empty batch stays empty."""
+    x, tiles, *_ = make((2, (2, 3), 3, 4, 5))
+    tiles, x = on(backend.device, tiles), x.to(backend.device)
+    other = torch.cat([x[:1], torch.randn_like(x[1:])])
+    for pool in (masked_max_pool2d, masked_avg_pool2d):
+        a, b = (pool(t, tiles, 3, 1, 1, backend=backend) for t in (x, other))
+        assert torch.equal(a[0], b[0])
+        assert not torch.equal(a[1], b[1])
+        none = on(backend.device, make(CASES[4])[1])
+        assert pool(x.new_zeros((0, 1, 2, 2, 3)), none, 2, backend=backend).shape == (0, 1, 1, 1, 3)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_are_deterministic(backend):
+    x, tiles, *_ = make((1, (1, 3), 2, 2, 5) if backend.interpreted else (3, (3, 4), 6, 4, 40))
+    tiles, x = on(backend.device, tiles), x.to(backend.device).requires_grad_()
+    for pool in (masked_max_pool2d, masked_avg_pool2d):
+        runs = []
+        for _ in range(2):
+            y = pool(x, tiles, 3, 1, 1, backend=backend)
+            runs.append((y, torch.autograd.grad(y.square().sum(), x)[0]))
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck(backend):
+    x, tiles, *_ = make((1, (1, 2), 1, 2, 3))
+    neighbours, x = tiles.neighbours.to(backend.device), x.to(backend.device).requires_grad_()
+    ops, name = torch.ops.fastmim, backend.plain
+    torch.library.opcheck(ops.masked_max_pool.default, (x, neighbours, 2, 2, 0, name))
+    torch.library.opcheck(ops.masked_avg_pool.default, (x, neighbours, 2, 2, 0, True, name))
+    out, chosen = ops.masked_max_pool(x.detach(), neighbours, 2, 2, 0, name)
+    torch.library.opcheck(ops.masked_max_pool_backward.default, (out, chosen, neighbours, 2, 2, 0, name))
+    out, share = ops.masked_avg_pool(x.detach(), neighbours, 2, 2, 0, True, name)
+    torch.library.opcheck(ops.masked_avg_pool_backward.default, (out, share, neighbours, 2, 2, 0, name))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_windows_beyond_the_table_are_the_references(backend):
+    x, tiles, *_ = make((2, (9, 9), 40, 1, 3))
+    tiles, x = on(backend.device, tiles), x.to(backend.device)
+    assert torch.equal(masked_max_pool2d(x, tiles, 9, 1, 4), masked_max_pool2d_ref(x, tiles, 9, 1, 4))
+    with pytest.raises(ValueError, match="windows of 9 with padding 4 are too large for tiles of 1 x 1"):
+        masked_max_pool2d(x, tiles, 9, 1, 4, backend=backend.plain)

@@ -152,7 +152,7 @@ def test_kernels_can_be_differentiated_twice(backend):
 @pytest.mark.parametrize("backend", backends_of("gather_tiles", reference=False))
 def test_opcheck(backend):
     tiles, dense = make(2, (1, 2), 1, 2, 3)
-    index = (tiles.ids_keep.to(backend.device), tiles.slots.to(backend.device), *tiles.grid)
+    index = (tiles.ids_keep.to(backend.device), tiles.slots.to(backend.device), *tiles.grid, backend.plain)
     x, fill = gather_tiles(dense, tiles).to(backend.device), torch.randn(3, device=backend.device)
     ops, dense = torch.ops.fastmim, dense.to(backend.device).requires_grad_()
     torch.library.opcheck(ops.gather_tiles.default, (dense, *index))
