@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"one or more of: {', '.join(list_ops()) or 'none yet'}")
     parser.add_argument("--quick", action="store_true", help="tiny cases, a few rounds: does everything run?")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     add_machine_options(parser)
     parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["fp32"], help="default: fp32")
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ImportError as error:
             failures.append(f"{name}: {error}")
             continue
-        failures += run_cases(cases, settings, keep)[1]
+        failures += run_cases((case for case in cases if options.case in case.case), settings, keep)[1]
     show(rows)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
