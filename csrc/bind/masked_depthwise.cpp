@@ -23,7 +23,7 @@ struct Room {
 };
 
 MaskedDepthwise describe(const DepthwiseShape& shape, std::uintptr_t neighbours, int element, int weight_element,
-                         bool sums, Room& room) {
+                         bool multiplies, bool sums, Room& room) {
   MaskedDepthwise p{};
   p.batch = shape[0], p.count = shape[1], p.side = shape[2], p.channels = shape[3];
   p.kernel = shape[4], p.stride = shape[5];
@@ -34,10 +34,8 @@ MaskedDepthwise describe(const DepthwiseShape& shape, std::uintptr_t neighbours,
   const int64_t threads = 1;
 #endif
   const int64_t rows = (p.kernel * p.kernel + 1) * depthwise_padded(p);
-  if (sums)
-    room.partial.reset(new float[depthwise_parts(p) * rows]);
-  else
-    room.packed.reset(new float[rows]);
+  if (sums) room.partial.reset(new float[depthwise_parts(p) * rows]);
+  if (multiplies) room.packed.reset(new float[rows]);
   room.scratch.reset(new float[threads * depthwise_scratch(p)]);
   room.places.reset(new int32_t[2 * p.side * p.kernel]);
   p.places = room.places.get(), p.packed = room.packed.get(), p.partial = room.partial.get(), p.scratch = room.scratch.get();
@@ -47,7 +45,7 @@ MaskedDepthwise describe(const DepthwiseShape& shape, std::uintptr_t neighbours,
 void forward(const DepthwiseShape& shape, std::uintptr_t neighbours, int element, int weight_element, std::uintptr_t x,
              std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out) {
   Room room;
-  MaskedDepthwise p = describe(shape, neighbours, element, weight_element, false, room);
+  MaskedDepthwise p = describe(shape, neighbours, element, weight_element, true, false, room);
   p.x = pointer<const void>(x), p.weight = pointer<const void>(weight), p.bias = pointer<const void>(bias);
   p.out = pointer<void>(out);
   FASTMIM_DISPATCH(masked_depthwise, p);
@@ -56,7 +54,7 @@ void forward(const DepthwiseShape& shape, std::uintptr_t neighbours, int element
 void input_gradient(const DepthwiseShape& shape, std::uintptr_t neighbours, int element, int weight_element,
                     std::uintptr_t gradient, std::uintptr_t weight, std::uintptr_t x_gradient) {
   Room room;
-  MaskedDepthwise p = describe(shape, neighbours, element, weight_element, false, room);
+  MaskedDepthwise p = describe(shape, neighbours, element, weight_element, true, false, room);
   p.out = pointer<void>(gradient), p.weight = pointer<const void>(weight), p.x_gradient = pointer<void>(x_gradient);
   FASTMIM_DISPATCH(masked_depthwise_input_gradient, p);
 }
@@ -65,9 +63,21 @@ void weight_gradient(const DepthwiseShape& shape, std::uintptr_t neighbours, int
                      std::uintptr_t gradient, std::uintptr_t x, std::uintptr_t weight_gradient,
                      std::uintptr_t bias_gradient) {
   Room room;
-  MaskedDepthwise p = describe(shape, neighbours, element, weight_element, true, room);
+  MaskedDepthwise p = describe(shape, neighbours, element, weight_element, false, true, room);
   p.out = pointer<void>(gradient), p.x = pointer<const void>(x);
   p.weight_gradient = pointer<void>(weight_gradient), p.bias_gradient = pointer<void>(bias_gradient);
+  FASTMIM_DISPATCH(masked_depthwise_weight_gradient, p);
+}
+
+void gradients(const DepthwiseShape& shape, std::uintptr_t neighbours, int element, int weight_element,
+               std::uintptr_t gradient, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t x_gradient,
+               std::uintptr_t weight_gradient, std::uintptr_t bias_gradient) {
+  Room room;
+  MaskedDepthwise p = describe(shape, neighbours, element, weight_element, true, true, room);
+  p.out = pointer<void>(gradient), p.x = pointer<const void>(x), p.weight = pointer<const void>(weight);
+  p.x_gradient = pointer<void>(x_gradient), p.weight_gradient = pointer<void>(weight_gradient);
+  p.bias_gradient = pointer<void>(bias_gradient);
+  FASTMIM_DISPATCH(masked_depthwise_input_gradient, p);
   FASTMIM_DISPATCH(masked_depthwise_weight_gradient, p);
 }
 
@@ -83,6 +93,9 @@ void bind_masked_depthwise(pybind11::module_& m) {
   m.def("masked_depthwise_weight_gradient", &weight_gradient, py::arg("shape"), py::arg("neighbours"),
         py::arg("element"), py::arg("weight_element"), py::arg("gradient"), py::arg("x"), py::arg("weight_gradient"),
         py::arg("bias_gradient"), NoGil());
+  m.def("masked_depthwise_gradients", &gradients, py::arg("shape"), py::arg("neighbours"), py::arg("element"),
+        py::arg("weight_element"), py::arg("gradient"), py::arg("x"), py::arg("weight"), py::arg("x_gradient"),
+        py::arg("weight_gradient"), py::arg("bias_gradient"), NoGil());
 }
 
 }  // namespace fastmim

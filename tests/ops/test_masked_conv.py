@@ -264,6 +264,34 @@ def test_opcheck(backend, case, layout):
     for with_bias in (False, True):
         arguments = (layout(gradient), x, weight, *last, with_bias, backend.plain)
         torch.library.opcheck(getattr(ops, f"{name}_weight_gradient").default, arguments)
+        torch.library.opcheck(getattr(ops, f"{name}_gradients").default, arguments)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("backend, case", [p for op in OPS for p in params(op, reference=False, isas=("avx512",))[:1]])
+def test_operator_equals_direct_call(backend, case, wanted):
+    """The public function goes around the dispatcher unless somebody looks; and whichever gradients are asked for, a
+    kernel that computes several in one pass gives the same."""
+    x, weight, bias, tiles, stride, groups = make(case, device=backend.device)
+    leaves = [t.requires_grad_(i in wanted) for i, t in enumerate((x, weight, bias))]
+    operator = getattr(torch.ops.fastmim, OPS[groups == 1])
+    results = []
+    for y in (
+        masked_conv2d(*leaves, tiles, stride, groups, backend=backend.plain),
+        operator(*leaves, tiles.neighbours, stride, backend.plain),
+    ):
+        results.append((y, *torch.autograd.grad(y.square().sum(), [leaves[i] for i in wanted])))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend, case", [p for op in OPS for p in params(op, reference=False, isas=("avx512",))[:1]])
+def test_second_derivatives_of_kernels_are_refused(backend, case):
+    x, weight, bias, tiles, stride, groups = make(case, device=backend.device)
+    y = masked_conv2d(x.requires_grad_(), weight, bias, tiles, stride, groups, backend=backend.plain)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize(
