@@ -5,6 +5,7 @@ Every masked layer is called as layer(x, tiles): x is tiles [B, K, t, t, C] (B i
 channels), `tiles` a `fastmim.ops.TileIndex`.
 """
 
+from fastmim.layers.accelerate import Acceleration, accelerate
 from fastmim.layers.fused_attention import FusedAttention
 from fastmim.layers.fused_beit import FusedBeitAttention, FusedBeitBlock
 from fastmim.layers.fused_block import FusedBlock
@@ -18,6 +19,7 @@ from fastmim.layers.masked_squeeze_excite import MaskedSqueezeExcite
 from fastmim.layers.sparsify import SparseModule, TileOutput, sparsify, stage_names
 
 __all__ = [
+    "Acceleration",
     "FusedAttention",
     "FusedBeitAttention",
     "FusedBeitBlock",
@@ -34,6 +36,7 @@ __all__ = [
     "MaskedSqueezeExcite",
     "SparseModule",
     "TileOutput",
+    "accelerate",
     "sparsify",
     "stage_names",
 ]
