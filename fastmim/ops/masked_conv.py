@@ -24,7 +24,7 @@ _dtypes: dict[str, Iterable[torch.dtype]] = dict.fromkeys(("cpu", "triton", "cud
 _backends = {
     "masked_depthwise": Backends(
         "masked_depthwise",
-        cpu="masked_depthwise",
+        cpu="masked_depthwise_gradients",
         triton="fastmim.kernels.masked_conv",
         cuda="masked_depthwise_cuda",
         dtypes=_dtypes,
