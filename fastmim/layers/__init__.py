@@ -10,6 +10,8 @@ from fastmim.layers.fused_attention import FusedAttention
 from fastmim.layers.fused_beit import FusedBeitAttention, FusedBeitBlock
 from fastmim.layers.fused_block import FusedBlock
 from fastmim.layers.linear import Linear
+from fastmim.layers.mask_token_attention import mask_token_attention
+from fastmim.layers.mask_token_decoder import MaskTokenDecoder
 from fastmim.layers.masked_batch_norm import MaskedBatchNorm2d
 from fastmim.layers.masked_conv import MaskedConv2d
 from fastmim.layers.masked_grn import MaskedGRN
@@ -25,6 +27,7 @@ __all__ = [
     "FusedBeitBlock",
     "FusedBlock",
     "Linear",
+    "MaskTokenDecoder",
     "MaskedAdaptiveAvgPool2d",
     "MaskedAvgPool2d",
     "MaskedBatchNorm2d",
@@ -37,6 +40,7 @@ __all__ = [
     "SparseModule",
     "TileOutput",
     "accelerate",
+    "mask_token_attention",
     "sparsify",
     "stage_names",
 ]

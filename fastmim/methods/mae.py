@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastmim.layers import MaskTokenDecoder
+from fastmim.layers.mask_token_decoder import init_mae_linear
+from fastmim.layers.sincos_positions import sincos_positions
 from fastmim.methods.base import Batch, Method, Output
 from fastmim.methods.masking import cell_grid, count_kept
 from fastmim.methods.reconstruction import patch_pictures
 from fastmim.models.encoder import Encoder
-from fastmim.models.mae_decoder import MAEDecoder, init_mae_linear
-from fastmim.models.positions import sincos_positions
 from fastmim.models.token_encoder import TokenEncoder
 from fastmim.ops import Masks, masked_patch_loss, random_mask
 
@@ -32,6 +33,8 @@ class MAEConfig:
     """Blocks of the decoder. None: 8, or 4 for fewer than 196 patches."""
     decoder_num_heads: int | None = None
     """Heads of the decoder. None: one per 32 channels."""
+    exact_pruning: bool = True
+    """Leave out decoder work that reaches no loss or that all images share; the result is the same up to rounding."""
     init_encoder: bool = True
     """Give the encoder MAE's initialisation and fixed sin-cos positions; false keeps the weights that it came with."""
 
@@ -43,7 +46,7 @@ class MAE(Method):
     2. K = int(N·(1 − ratio)) patches are kept, the same number in every image: 49 of 196.
     3. cls + K tokens through the encoder; final norm.
     4. Decoder: Linear to its width; mask tokens fill the removed places; + fixed positions; blocks; norm; Linear to
-       p·q·C values, channel last. See `fastmim.models.mae_decoder`.
+       p·q·C values, channel last. See `fastmim.layers.mask_token_decoder`.
     5. Target: pixels, with `norm_pix_loss` (x − mean)/sqrt(unbiased variance + 1e-6) per patch over its p·q·C values.
     6. L = Σ(mean squared error of a patch)·mask / Σ mask, in fp32.
 
@@ -69,7 +72,7 @@ class MAE(Method):
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_keep = count_kept(self.num_patches, cfg.mask_ratio, "floor", "mae")
         dim = cfg.decoder_dim or min(512, encoder.embed_dim)
-        self.decoder = MAEDecoder(
+        self.decoder = MaskTokenDecoder(
             encoder.embed_dim,
             self.grid,
             self.patch_size[0] * self.patch_size[1] * encoder.in_chans,
@@ -77,6 +80,7 @@ class MAE(Method):
             dim=dim,
             depth=cfg.decoder_depth or (8 if self.num_patches >= 196 else 4),
             num_heads=cfg.decoder_num_heads or max(1, dim // 32),
+            share_masked=cfg.exact_pruning,
         )
         if cfg.init_encoder:
             init_mae_encoder(encoder)
@@ -89,7 +93,7 @@ class MAE(Method):
         self.check_images(images)
         target = images if target is None else target
         latent = self.encoder.forward_visible(images, masks.ids_keep)
-        prediction = self.decoder(latent, masks.ids_restore)
+        prediction = self.decoder(latent, masks.ids_restore, removed_only=self.cfg.exact_pruning)
         loss = masked_patch_loss(prediction, target, masks.mask, self.patch_size, norm_pix=self.cfg.norm_pix_loss)
         return Output(
             loss,

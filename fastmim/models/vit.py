@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastmim.layers.drop_path import drop_path_rates
-from fastmim.models.positions import sincos_positions
+from fastmim.layers.sincos_positions import sincos_positions
 from fastmim.models.registry import register_encoders
 from fastmim.models.token_encoder import TokenEncoder
 from fastmim.models.transformer import block, init_linear

@@ -37,12 +37,17 @@ def rng(step: int = 0) -> Tensor:
     return torch.tensor([7, step, 0])
 
 
-@pytest.mark.parametrize("norm_pix", [True, False])
+@pytest.mark.parametrize("exact_pruning", [True, False])
+@pytest.mark.parametrize("norm_pix, depth", [(True, 2), (False, 3), (True, 1)])
 @pytest.mark.parametrize(
     "img_size, patch_size, in_chans", [((32, 32), 8, 3), ((24, 48), 8, 1), ((32, 40), (8, 4), 2), ((28, 28), 7, 3)]
 )
-def test_loss_and_every_gradient_equal_the_plain_model_in_fp64(img_size, patch_size, in_chans, norm_pix):
-    method = small_mae(img_size, patch_size, in_chans, norm_pix_loss=norm_pix).double()
+def test_loss_and_every_gradient_equal_the_plain_model_in_fp64(
+    img_size, patch_size, in_chans, norm_pix, depth, exact_pruning
+):
+    method = small_mae(
+        img_size, patch_size, in_chans, norm_pix_loss=norm_pix, decoder_depth=depth, exact_pruning=exact_pruning
+    ).double()
     with torch.no_grad():  # biases and norms away from 0 and 1, so that each of them matters
         for parameter in method.parameters():
             if parameter.requires_grad:
@@ -57,13 +62,13 @@ def test_loss_and_every_gradient_equal_the_plain_model_in_fp64(img_size, patch_s
     loss.backward()
 
     ours = method.predict_removed(images, masks).loss
-    torch.testing.assert_close(ours.double(), loss.detach(), rtol=1e-6, atol=1e-7)  # the loss itself is stored in fp32
+    torch.testing.assert_close(ours, loss, rtol=1e-12, atol=0)
     parameters = dict(method.named_parameters())
     for key, weight in weights.items():
         parameter = parameters[official_key(key)]
         if parameter.requires_grad:
             torch.testing.assert_close(
-                parameter.grad, weight.grad, rtol=1e-9, atol=1e-12, msg=lambda m, key=key: f"gradient of {key}: {m}"
+                parameter.grad, weight.grad, rtol=1e-10, atol=1e-13, msg=lambda m, key=key: f"gradient of {key}: {m}"
             )
 
 
@@ -94,6 +99,27 @@ def test_loss_reads_neither_targets_at_visible_patches_nor_pixels_at_removed_one
     assert method.predict_removed(images, masks, target=other.where(~removed, images)).loss == expected
     assert method.predict_removed(other.where(removed, images), masks, target=images).loss == expected
     assert method.predict_removed(images, masks, target=other.where(removed, images)).loss != expected
+
+
+def test_pruning_leaves_out_what_it_says():
+    """Rows that enter the linear layers of the decoder, for 24 patches of which 6 are visible, and cls."""
+    rows = {}
+    for pruned in (True, False):
+        method, counts = small_mae(exact_pruning=pruned, decoder_depth=3), {}
+        for name, module in method.decoder.named_modules():
+            if (
+                name.startswith("decoder_blocks") and name.endswith(("fc1", "proj", "norm1"))
+            ) or name == "decoder_pred":
+                module.register_forward_hook(
+                    lambda _, x, __, name=name, counts=counts: counts.update({name: x[0].numel() // x[0].shape[-1]})
+                )
+        method(Batch(images_for(method, 4), rng()))
+        rows[pruned] = counts
+    everything = 4 * 25
+    blocks = {f"decoder_blocks.{i}.{part}": everything for i in range(3) for part in ("norm1", "attn.proj", "mlp.fc1")}
+    assert rows[False] == blocks | {"decoder_pred": 4 * 24}
+    last = dict.fromkeys(("decoder_blocks.2.attn.proj", "decoder_blocks.2.mlp.fc1", "decoder_pred"), 4 * 18)
+    assert rows[True] == blocks | last | {"decoder_blocks.0.norm1": 24}  # visible rows first, then one per position
 
 
 def test_constant_images_give_finite_loss_and_gradients():

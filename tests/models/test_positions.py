@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmim.layers.relative_positions import num_relative_positions, relative_position_index, visible_pairs
-from fastmim.models.positions import sincos_positions
+from fastmim.layers.sincos_positions import sincos_positions
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (1, 1), (14, 14)])

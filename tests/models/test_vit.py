@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastmim.layers.drop_path import DropPath
+from fastmim.layers.sincos_positions import sincos_positions
 from fastmim.models import Insertion, create_encoder, list_encoders
-from fastmim.models.positions import sincos_positions
 
 SMALL = {"img_size": (32, 48), "patch_size": 8, "depth": 2, "embed_dim": 48}
 REGISTERS = {"reg_tokens": 4, "no_embed_class": True}
