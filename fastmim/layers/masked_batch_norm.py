@@ -65,7 +65,10 @@ def _synchronised(norm: Any, x: Tensor, group: Any) -> Tensor:
     """Batch norm in training, over all processes of `group`; updates the running statistics of `norm`."""
     tracked = norm.running_mean is not None
     shift = norm.running_mean if tracked else x.new_zeros(x.shape[-1], dtype=_wide(x.dtype))
-    out, mean, variance, count = _SynchronisedBatchNorm.apply(x, norm.weight, norm.bias, shift.clone(), norm.eps, group)
+    rows = x.reshape(-1, x.shape[-1])
+    out, mean, variance, count = _SynchronisedBatchNorm.apply(
+        rows, norm.weight, norm.bias, shift.clone(), norm.eps, group
+    )
     if tracked:
         with torch.no_grad():
             norm.num_batches_tracked.add_(1)
@@ -74,7 +77,7 @@ def _synchronised(norm: Any, x: Tensor, group: Any) -> Tensor:
             unbiased = variance * (count / (count - 1))
             norm.running_mean.add_((mean - norm.running_mean) * momentum)
             norm.running_var.add_((unbiased - norm.running_var) * momentum)
-    return out
+    return out.reshape(x.shape)  # out here: what a Function returns must be no view for an activation in place
 
 
 class _SynchronisedBatchNorm(torch.autograd.Function):
@@ -105,7 +108,7 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
         ctx.group = group
         ctx.has_bias = bias is not None
         ctx.mark_non_differentiable(mean, variance, count)
-        return out.to(x.dtype).reshape(x.shape), mean, variance, count
+        return out.to(x.dtype), mean, variance, count
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fastmim.methods.base import Batch, Method, Output
-from fastmim.methods.cnn_tiles import encoder_on_tiles, tile_grid
+from fastmim.methods.cnn_tiles import encoder_on_tiles, synchronise_batch_norms, tile_grid
 from fastmim.methods.masking import count_kept
 from fastmim.methods.reconstruction import patch_pictures
 from fastmim.models.encoder import Encoder
@@ -33,6 +33,9 @@ class FCMAEConfig:
     grn_stats: Literal["image", "batch"] = "image"
     """What the encoder's global response norms take their norms over: the visible part of each image, as fine-tuning
     does, or of the whole batch, as the authors' pre-training code does (for comparisons with their weights)."""
+    sync_bn: bool = True
+    """In a run of several processes, batch norms take their statistics over all of them, on any device, where the
+    encoder has batch norms (a ResNet). False: each process over its own images."""
 
 
 class FCMAE(Method):
@@ -65,6 +68,8 @@ class FCMAE(Method):
         self.num_keep = count_kept(self.num_cells, cfg.mask_ratio, "floor", "fcmae")
         values = self.cell * self.cell * encoder.in_chans
         self.decoder = FCMAEDecoder(encoder.num_features, values, dim=cfg.decoder_dim, depth=cfg.decoder_depth)
+        if cfg.sync_bn:
+            synchronise_batch_norms(self)
 
     def forward(self, batch: Batch) -> Output:
         return self.predict_removed(batch.images, random_mask(batch.size, self.num_cells, self.num_keep, batch.rng))

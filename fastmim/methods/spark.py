@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastmim.layers import MaskedBatchNorm2d, MaskedLayerNorm2d
 from fastmim.methods.base import Batch, Method, Output
-from fastmim.methods.cnn_tiles import encoder_on_tiles, tile_grid
+from fastmim.methods.cnn_tiles import encoder_on_tiles, synchronise_batch_norms, tile_grid
 from fastmim.methods.masking import count_kept
 from fastmim.methods.reconstruction import patch_pictures
 from fastmim.models.encoder import Encoder
@@ -31,6 +31,9 @@ class SparKConfig:
     the paper's; FCMAE's single block over the last map (0.2 GMAC), for twice the speed."""
     decoder_width: int | None = None
     """Width of the decoder at its deepest level. None: 768 for full, 512 for light, or the encoder's where less."""
+    sync_bn: bool = True
+    """In a run of several processes, batch norms take their statistics over all of them, on any device (the decoder's
+    too), as the authors' SyncBN. False: each process over its own images."""
 
 
 class SparK(Method):
@@ -78,6 +81,8 @@ class SparK(Method):
             self.decoder = LightDecoder(
                 norm, FCMAEDecoder(channels[-1], values, dim=cfg.decoder_width or _width(512, encoder))
             )
+        if cfg.sync_bn:
+            synchronise_batch_norms(self)
 
     def forward(self, batch: Batch) -> Output:
         return self.predict_removed(batch.images, random_mask(batch.size, self.num_cells, self.num_keep, batch.rng))

@@ -4,10 +4,30 @@ Legend: B batch, C channels, H W height and width of a feature map.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["GlobalResponseNorm", "LayerNorm2d"]
+from fastmim.layers import MaskedBatchNorm2d
+
+__all__ = ["BatchNorm2d", "GlobalResponseNorm", "LayerNorm2d"]
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` that takes its statistics over all processes in training, on any device, once `sync` is set.
+
+    What `nn.SyncBatchNorm` does on GPUs alone. With a single process it is the plain one, to the bit.
+    """
+
+    sync = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        if not (self.training and self.sync and dist.is_available() and dist.is_initialized()):
+            return super().forward(x)
+        rows = x.permute(0, 2, 3, 1)
+        tiles = rows.reshape(x.shape[0], -1, 1, 1, x.shape[1])  # a map whose positions are all visible
+        return MaskedBatchNorm2d.forward(self, tiles, None).reshape(rows.shape).permute(0, 3, 1, 2)  # type: ignore[arg-type]
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.layers import MaskedBatchNorm2d, MaskedLayerNorm2d
+from fastmim.models.norms import BatchNorm2d
 from fastmim.ops import TileIndex, scatter_tiles
 
 
@@ -50,10 +51,10 @@ class UpBlock(nn.Module):
         super().__init__()
         self.up = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.act1 = nn.ReLU6(inplace=True)
         self.conv2 = nn.Conv2d(width, width // 2, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.bn2 = BatchNorm2d(width // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act1(self.bn1(self.conv1(self.up(x))))
