@@ -51,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
   fastmim::bind_packed_attention(m);
   fastmim::bind_masked_pool(m);
   fastmim::bind_pages(m);
+  fastmim::bind_patch_rows(m);
   fastmim::bind_random_mask(m);
   fastmim::bind_tile_index(m);
   fastmim::bind_tiles(m);

@@ -10,6 +10,7 @@ from fastmim.ops.masked_pool import masked_avg_pool2d, masked_max_pool2d
 from fastmim.ops.masks import patchify, unpatchify, upsample_mask
 from fastmim.ops.mixing_map import MixingMap, mixing_map
 from fastmim.ops.packed_attention import attention, packed_attention
+from fastmim.ops.patch_mix import patch_mix
 from fastmim.ops.random_mask import Masks, random_mask
 from fastmim.ops.tile_index import TileIndex
 from fastmim.ops.tiles import gather_tiles, scatter_tiles
@@ -31,6 +32,7 @@ __all__ = [
     "masked_patch_loss",
     "mixing_map",
     "packed_attention",
+    "patch_mix",
     "patchify",
     "random_mask",
     "scatter_tiles",
