@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.runner import BenchmarkError, Case, Settings, Side, backends_here
+from benchmarks.tile_work import conv_work, joined
 from fastmim.ops import TileIndex, gather_tiles, masked_conv2d, scatter_tiles, upsample_mask
 
 FORMATS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
@@ -40,9 +41,10 @@ def agree(ours: Tensor, theirs: Tensor, tiles: TileIndex, dtype: torch.dtype) ->
 def cases(settings: Settings) -> Iterator[Case]:
     batch, grid = (2, (2, 3)) if settings.quick else (8, (7, 7))
     cells = grid[0] * grid[1]
-    for ratio in MASK_RATIOS[:1] if settings.quick else MASK_RATIOS:
+    for ratio in settings.mask_ratios or (MASK_RATIOS[:1] if settings.quick else MASK_RATIOS):
         generator = torch.Generator().manual_seed(0)
-        kept = torch.rand(batch, cells, generator=generator).argsort(1)[:, : round(cells * (1 - ratio))]
+        keep = count_kept(cells, ratio)
+        kept = torch.rand(batch, cells, generator=generator).argsort(1)[:, :keep]
         tiles = TileIndex.from_ids_keep(kept.contiguous().to(settings.device), grid)
         for op, model, k, stages in LAYERS:
             for side, channels in stages[-1:] if settings.quick else stages:
@@ -50,9 +52,13 @@ def cases(settings: Settings) -> Iterator[Case]:
                 size = grid[0] * side, grid[1] * side
                 kind = f"{op.removeprefix('masked_')} {k}x{k}"
                 mask = ~upsample_mask(tiles.slots < 0, grid, size).unsqueeze(1)
-                joined = _joined_rows(tiles, side, k)
-                flops = 2 * joined * channels * channels // groups
+                values, pairs = batch * keep * side**2 * channels, joined(tiles, side, k)
+                weight_shape = (channels, channels // groups, k, k)
                 for dtype in settings.dtypes:
+                    bytes_each = dtype.itemsize
+                    work = conv_work(
+                        pairs, values, values, weight_shape, bytes_each, weight_bytes=bytes_each, first=False
+                    )
                     for layout, memory_format in FORMATS.items():
                         seen = mask.to(dtype, memory_format=memory_format)
 
@@ -84,12 +90,12 @@ def cases(settings: Settings) -> Iterator[Case]:
                                 passes=("forward", "both"),
                                 tolerance=None,
                                 images=batch,
-                                flops={"forward": flops, "both": 3 * flops},
+                                mask_ratio=1 - keep / cells,
+                                flops=work.flops,
+                                moved=work.moved,
                             )
 
 
-def _joined_rows(tiles: TileIndex, side: int, k: int) -> int:
-    """Pairs of visible positions that a k x k kernel joins."""
-    ones = torch.ones(tiles.batch, tiles.count, side, side, 1, device=tiles.device)
-    kernel = torch.ones(1, 1, k, k, device=tiles.device)
-    return int(masked_conv2d(ones, kernel, None, tiles, backend="reference").sum())
+def count_kept(cells: int, ratio: float) -> int:
+    """Visible cells of an image; at least one."""
+    return max(1, round(cells * (1 - ratio)))

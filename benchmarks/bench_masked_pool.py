@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bench_masked_conv import FORMATS, MASK_RATIOS
+from benchmarks.bench_masked_conv import FORMATS, MASK_RATIOS, count_kept
 from benchmarks.runner import BenchmarkError, Case, Settings, Side, backends_here
 from fastmim.ops import TileIndex, gather_tiles, masked_avg_pool2d, masked_max_pool2d, scatter_tiles, upsample_mask
 
@@ -35,9 +35,9 @@ def dense_times_mask(
 def cases(settings: Settings) -> Iterator[Case]:
     batch, grid = (2, (2, 3)) if settings.quick else (8, (7, 7))
     cells = grid[0] * grid[1]
-    for ratio in MASK_RATIOS[:1] if settings.quick else MASK_RATIOS:
+    for ratio in settings.mask_ratios or (MASK_RATIOS[:1] if settings.quick else MASK_RATIOS):
         generator = torch.Generator().manual_seed(0)
-        kept = torch.rand(batch, cells, generator=generator).argsort(1)[:, : round(cells * (1 - ratio))]
+        kept = torch.rand(batch, cells, generator=generator).argsort(1)[:, : count_kept(cells, ratio)]
         tiles = TileIndex.from_ids_keep(kept.contiguous().to(settings.device), grid)
         for name, op, pool, window, side, channels in POOLS:
             size = grid[0] * side, grid[1] * side
@@ -78,5 +78,6 @@ def cases(settings: Settings) -> Iterator[Case]:
                             passes=("forward", "both"),
                             tolerance=None,
                             images=batch,
+                            mask_ratio=1 - tiles.count / cells,
                             moved={"forward": moved, "both": 2 * moved},
                         )

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.bench_masked_conv import FORMATS, MASK_RATIOS
+from benchmarks.bench_masked_conv import FORMATS, MASK_RATIOS, count_kept
 from benchmarks.runner import Case, Settings, Side, backends_here
 from fastmim.ops import TileIndex, gather_tiles, scatter_tiles, upsample_mask
 
@@ -38,9 +38,9 @@ def where_masked(x: Tensor, token: Tensor, dense: Tensor, seen: Tensor) -> Tenso
 def cases(settings: Settings) -> Iterator[Case]:
     batch, grid = (2, (2, 3)) if settings.quick else (8, (7, 7))
     cells = grid[0] * grid[1]
-    for ratio in MASK_RATIOS[:1] if settings.quick else MASK_RATIOS:
+    for ratio in settings.mask_ratios or (MASK_RATIOS[:1] if settings.quick else MASK_RATIOS):
         generator = torch.Generator().manual_seed(0)
-        kept = torch.rand(batch, cells, generator=generator).argsort(1)[:, : round(cells * (1 - ratio))]
+        kept = torch.rand(batch, cells, generator=generator).argsort(1)[:, : count_kept(cells, ratio)]
         tiles = TileIndex.from_ids_keep(kept.contiguous().to(settings.device), grid)
         for name, side, channels, layout in MAPS[:1] if settings.quick else MAPS:
             size = grid[0] * side, grid[1] * side
@@ -79,6 +79,7 @@ def cases(settings: Settings) -> Iterator[Case]:
                         passes=("forward", "both"),
                         tolerance=None,  # the shapes differ; the tests compare
                         images=batch,
+                        mask_ratio=1 - tiles.count / cells,
                         moved={"forward": 2 * visible, "both": 3 * visible + whole},
                     )
                 for backend in backends_here("scatter_tiles", settings, dtype):
@@ -92,5 +93,6 @@ def cases(settings: Settings) -> Iterator[Case]:
                         passes=("forward", "both"),
                         tolerance=None,
                         images=batch,
+                        mask_ratio=1 - tiles.count / cells,
                         moved={"forward": visible + whole, "both": 2 * (visible + whole)},
                     )

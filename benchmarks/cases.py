@@ -29,6 +29,8 @@ class Settings:
     """Fixed number of interleaved rounds, instead of `seconds`."""
     warmup: int = 3
     """Calls of each side before anything counts."""
+    mask_ratios: tuple[float, ...] | None = None
+    """Removed shares to measure, in place of a benchmark's own MASK_RATIOS."""
 
 
 def backends_here(op: str, settings: Settings, dtype: torch.dtype) -> list[str]:
@@ -75,6 +77,8 @@ class Case:
     tolerance: float | str | None = "auto"
     """Before timing, outputs and gradients of both sides must agree to this relative error (norm of the difference over
     norm). "auto": 1e-4 in fp32, 3e-2 in half precision. None: not compared, since the two draw other random numbers."""
+    mask_ratio: float | None = None
+    """Removed share of the cells, exactly, where the case has a mask of tiles."""
     images: int = 0
     """Images handled by a call; gives images_per_second when not 0."""
     moved: Mapping[str, int] = field(default_factory=dict)

@@ -28,6 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     add_machine_options(parser)
     parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["fp32"], help="default: fp32")
     parser.add_argument(
+        "--mask-ratio", nargs="+", type=float, metavar="SHARE", help="removed shares, for operations on tiles"
+    )
+    parser.add_argument(
         "--seconds-per-case", type=float, default=None, help="for each case and pass; default 3, quick 0.05"
     )
     return parser
@@ -54,6 +57,21 @@ def prepare_machine(options: argparse.Namespace) -> torch.device:
     return device
 
 
+def check_mask_ratios(ratios: Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
+    """The removed shares asked for.
+
+    Raises:
+        ValueError: one that is no share, or an operation whose benchmark has no mask of tiles.
+    """
+    for ratio in ratios:
+        if not 0 <= ratio < 1:
+            raise ValueError(f"mask ratio {ratio:g}: a removed share is at least 0 and below 1")
+    for name in names:
+        if not hasattr(importlib.import_module(f"benchmarks.bench_{name}"), "MASK_RATIOS"):
+            raise ValueError(f"{name}: its benchmark has no mask ratio to set")
+    return tuple(ratios)
+
+
 def command_line(module: str, arguments: Sequence[str] | None) -> str:
     return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
 
@@ -77,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device = prepare_machine(options)
         names = choose(options.ops, list_ops(), "operation")
-    except (ValueError, RuntimeError) as error:
+        ratios = check_mask_ratios(options.mask_ratio, names) if options.mask_ratio else None
+    except (ValueError, RuntimeError, ImportError) as error:
         print(f"benchmarks.ops: {error}", file=sys.stderr)
         return 2
     settings = Settings(
@@ -85,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtypes=tuple(DTYPES[name] for name in options.dtype),
         quick=options.quick,
         seconds=options.seconds_per_case or (0.05 if options.quick else 3.0),
+        mask_ratios=ratios,
     )
     command = command_line("benchmarks.ops", arguments)
     rows: list[Row] = []

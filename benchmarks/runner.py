@@ -222,6 +222,8 @@ def _row(case: Case, pass_name: str, times: list[list[float]], peaks: list[int],
             "ratio_p20": percentile(paired, 20),
             "ratio_p80": percentile(paired, 80),
         }
+    if case.mask_ratio is not None:
+        row["mask_ratio"] = case.mask_ratio
     if case.images:
         row["images_per_second"] = case.images / ms * 1e3
         if case.baseline is not None:

@@ -17,6 +17,7 @@ _COLUMNS: list[tuple[str, str]] = [
     ("baseline", "baseline"),
     ("baseline_ms", "baseline ms"),
     ("ratio", "ratio"),
+    ("wins_from", "wins from mask ratio"),
     ("peak_mb", "peak MB"),
     ("baseline_peak_mb", "baseline MB"),
     ("images_per_second", "img/s"),
