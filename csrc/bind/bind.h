@@ -28,6 +28,7 @@ void bind_masked_pool(pybind11::module_& m);
 void bind_pages(pybind11::module_& m);
 void bind_patch_rows(pybind11::module_& m);
 void bind_random_mask(pybind11::module_& m);
+void bind_rows_batch_norm(pybind11::module_& m);
 void bind_tile_index(pybind11::module_& m);
 void bind_tiles(pybind11::module_& m);
 

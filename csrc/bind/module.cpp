@@ -53,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
   fastmim::bind_pages(m);
   fastmim::bind_patch_rows(m);
   fastmim::bind_random_mask(m);
+  fastmim::bind_rows_batch_norm(m);
   fastmim::bind_tile_index(m);
   fastmim::bind_tiles(m);
 }

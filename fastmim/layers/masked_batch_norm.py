@@ -5,12 +5,12 @@ Legend: B batch, K visible cells, t tile side, C channels, M = B * K * t * t vis
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmim.layers.rows import as_map, as_tiles
-from fastmim.ops import TileIndex
+from fastmim.layers.synchronised_batch_norm import synchronised_batch_norm
+from fastmim.ops import TileIndex, rows_batch_norm
 
 __all__ = ["MaskedBatchNorm2d"]
 
@@ -46,87 +46,43 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
         self.sync = sync
         self.process_group = process_group
 
-    def forward(self, x: Tensor, tiles: TileIndex) -> Tensor:  # type: ignore[override]
-        """[B, K, t, t, C] -> [B, K, t, t, C]."""
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        tiles: TileIndex,
+        residual: Tensor | None = None,
+        factor: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """[B, K, t, t, C] -> [B, K, t, t, C]; with what may follow a norm, in the same passes over memory.
+
+        Args:
+            x: tiles.
+            tiles: the visible cells.
+            residual: tiles that are added to the normalised ones; or None.
+            factor: [B], what the normalised rows of each image are multiplied by before that; or None.
+            relu: take the larger of the result and zero.
+        """
         # `self` may also be a plain nn.BatchNorm2d or nn.SyncBatchNorm that `sparsify` runs by this function.
         if x.numel() == 0:
-            return x
-        if self.training and (isinstance(self, nn.SyncBatchNorm) or getattr(self, "sync", False)):
+            out = x if residual is None else x + residual
+            return F.relu(out) if relu else out
+        if residual is not None and residual.dtype != x.dtype:
+            out = MaskedBatchNorm2d.forward(self, x, tiles, factor=factor) + residual
+            return F.relu(out) if relu else out
+        of_batch = self.training or self.running_mean is None or self.running_var is None
+        tracked = (self.running_mean, self.running_var) if not of_batch or self.track_running_stats else (None, None)
+        momentum: Any = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            # momentum None is torch's cumulative average
+            momentum = 1.0 / self.num_batches_tracked if self.momentum is None else momentum
+        after: dict[str, Any] = {"residual": residual, "factor": factor, "relu": relu}
+        if of_batch and self.training and (isinstance(self, nn.SyncBatchNorm) or getattr(self, "sync", False)):
             group = getattr(self, "process_group", None)
             if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-                return _synchronised(self, x, group)
-        return as_tiles(nn.BatchNorm2d.forward(self, as_map(x)), like=x)
+                return synchronised_batch_norm(x, *tracked, self.weight, self.bias, momentum, self.eps, group, **after)
+        return rows_batch_norm(x, *tracked, self.weight, self.bias, of_batch, momentum, self.eps, **after)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", sync=True" if self.sync else "")
-
-
-def _synchronised(norm: Any, x: Tensor, group: Any) -> Tensor:
-    """Batch norm in training, over all processes of `group`; updates the running statistics of `norm`."""
-    tracked = norm.running_mean is not None
-    shift = norm.running_mean if tracked else x.new_zeros(x.shape[-1], dtype=_wide(x.dtype))
-    rows = x.reshape(-1, x.shape[-1])
-    out, mean, variance, count = _SynchronisedBatchNorm.apply(
-        rows, norm.weight, norm.bias, shift.clone(), norm.eps, group
-    )
-    if tracked:
-        with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
-            # momentum None is torch's cumulative average
-            momentum = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-            unbiased = variance * (count / (count - 1))
-            norm.running_mean.add_((mean - norm.running_mean) * momentum)
-            norm.running_var.add_((unbiased - norm.running_var) * momentum)
-    return out.reshape(x.shape)  # out here: what a Function returns must be no view for an activation in place
-
-
-class _SynchronisedBatchNorm(torch.autograd.Function):
-    """Sums of x - shift and of its square travel, so that one all-reduce gives mean and variance.
-
-    The shift is the running mean, which all processes share: without it the square of a large mean would drown the
-    variance in fp32.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor, eps: float, group: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        channels = x.shape[-1]
-        centred = x.reshape(-1, channels).to(_wide(x.dtype)) - shift
-        count = centred.new_full((1,), centred.shape[0])
-        sums = torch.cat([centred.sum(0), centred.square().sum(0), count])
-        dist.all_reduce(sums, group=group)
-        count = sums[-1]
-        offset = sums[:channels] / count
-        variance = (sums[channels:-1] / count - offset.square()).clamp_min(0)
-        scale = torch.rsqrt(variance + eps)
-        normal = (centred - offset) * scale
-        out = normal if weight is None else normal * weight
-        out = out if bias is None else out + bias
-        mean = shift + offset
-        ctx.save_for_backward(x, weight, mean, scale, count)
-        ctx.group = group
-        ctx.has_bias = bias is not None
-        ctx.mark_non_differentiable(mean, variance, count)
-        return out.to(x.dtype), mean, variance, count
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, mean, scale, count = ctx.saved_tensors
-        channels = x.shape[-1]
-        gradient = gradient.reshape(-1, channels).to(mean.dtype)
-        normal = (x.reshape(-1, channels) - mean) * scale
-        local = torch.cat([gradient.sum(0), (gradient * normal).sum(0)])
-        total = local.clone()  # the parameters' gradients stay local: the trainer averages them like all others
-        dist.all_reduce(total, group=ctx.group)
-        steady, along = (total / count).split(channels)
-        factor = scale if weight is None else scale * weight
-        x_gradient = ((gradient - steady - normal * along) * factor).to(x.dtype).reshape(x.shape)
-        weight_gradient = None if weight is None else local[channels:].to(weight.dtype)
-        bias_gradient = local[:channels].to(mean.dtype) if ctx.has_bias else None
-        return x_gradient, weight_gradient, bias_gradient, None, None, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What statistics are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

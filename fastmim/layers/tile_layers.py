@@ -15,7 +15,7 @@ from fastmim.layers.masked_norm import MaskedGroupNorm, MaskedLayerNorm2d
 from fastmim.layers.masked_pool import MaskedAdaptiveAvgPool2d, MaskedAvgPool2d, MaskedMaxPool2d
 from fastmim.ops import TileIndex
 
-__all__ = ["LayerFunction", "TileLayer", "tile_layer"]
+__all__ = ["LayerFunction", "TileLayer", "drop_path_factor", "drop_path_on_tiles", "tile_layer"]
 
 LayerFunction = Callable[[Any, Tensor, TileIndex], Tensor]
 """(layer, x [B, K, t, t, C], tiles) -> what the layer makes of x, as tiles."""
@@ -40,7 +40,7 @@ def tile_layer(layer: nn.Module, grn_stats: str, others: Mapping[type, LayerFunc
     if name in _RESPONSE_NORMS:
         return TileLayer(_grn_of_batch if grn_stats == "batch" else _grn_of_image)
     if type(layer).__name__ in _DROP_PATHS and isinstance(_drop_rate(layer), float | int):
-        return TileLayer(_drop_path)
+        return TileLayer(drop_path_on_tiles)
     for base, known in _KNOWN.items():
         if isinstance(layer, base) and _computes_as(base, layer):
             return known
@@ -75,16 +75,22 @@ def _drop_rate(layer: Any) -> Any:
     return getattr(layer, "drop_prob", getattr(layer, "p", None))
 
 
-def _drop_path(layer: Any, x: Tensor, tiles: TileIndex) -> Tensor:
+def drop_path_on_tiles(layer: Any, x: Tensor, tiles: TileIndex) -> Tensor:
     """Stochastic depth: a branch dropped for whole images (or for the whole batch, torchvision's mode "batch")."""
+    factor = drop_path_factor(layer, x)
+    return x if factor is None else x * factor.reshape(-1, 1, 1, 1, 1)
+
+
+def drop_path_factor(layer: Any, x: Tensor) -> Tensor | None:
+    """[B], what stochastic depth multiplies each image of a branch by; None where it changes nothing."""
     rate = _drop_rate(layer)
     if not layer.training or rate == 0:
-        return x
-    images = 1 if getattr(layer, "mode", "row") == "batch" else x.shape[0]
-    factor = x.new_empty((images, 1, 1, 1, 1)).bernoulli_(1 - rate)
+        return None
+    of_batch = getattr(layer, "mode", "row") == "batch"
+    factor = x.new_empty((1 if of_batch else x.shape[0],)).bernoulli_(1 - rate)
     if rate < 1 and getattr(layer, "scale_by_keep", True):
         factor.div_(1 - rate)
-    return x * factor
+    return factor.expand(x.shape[0])
 
 
 def _over_channels(layer: nn.LayerNorm | nn.RMSNorm) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fastmim.layers.fuse_norms import fuse_norms
 from fastmim.layers.tile_functions import POINTWISE, RULES, pointwise
 from fastmim.layers.tile_layers import LayerFunction, TileLayer, tile_layer
 from fastmim.layers.traced import Kind, Map, Plain, Refused, TracedValue, Unknown, values_in
@@ -64,6 +65,7 @@ class TileTracer(fx.Tracer):
             if not node.users and node.op not in ("placeholder", "output") and not _in_place(node, module):
                 graph.erase_node(node)
         live = set(graph.nodes)
+        fuse_norms(graph, module)
         return graph, [problem for node, problem in self._problems.items() if node in live]
 
     # What torch.fx calls while it traces
@@ -154,7 +156,7 @@ class TileTracer(fx.Tracer):
     def emit(self, op: str, target: Any, args: Any, kwargs: Any, kind: Kind, name: str | None = None) -> TracedValue:
         """A node of the graph."""
         value: Any = super().create_proxy(op, target, tuple(args), kwargs, name)
-        value.kind = kind
+        value.kind = value.node.meta["kind"] = kind
         return value
 
     def seen_as(self, value: TracedValue, kind: Kind) -> TracedValue:

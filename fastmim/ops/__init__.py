@@ -12,6 +12,7 @@ from fastmim.ops.mixing_map import MixingMap, mixing_map
 from fastmim.ops.packed_attention import attention, packed_attention
 from fastmim.ops.patch_mix import patch_mix
 from fastmim.ops.random_mask import Masks, random_mask
+from fastmim.ops.rows_batch_norm import rows_batch_norm
 from fastmim.ops.tile_index import TileIndex
 from fastmim.ops.tiles import gather_tiles, scatter_tiles
 from fastmim.ops.visible_patch_embed import visible_patch_embed
@@ -35,6 +36,7 @@ __all__ = [
     "patch_mix",
     "patchify",
     "random_mask",
+    "rows_batch_norm",
     "scatter_tiles",
     "unpatchify",
     "upsample_mask",

@@ -218,9 +218,10 @@ def test_training_and_evaluation_each_have_their_forward(some_tiles):
     assert torch.equal(sparse(images, tiles)["map"], sparse(images, tiles)["map"])
 
 
-def test_stochastic_depth_drops_whole_images_with_the_draws_of_the_dense_module(some_tiles):
+@pytest.mark.parametrize("name", ["convnext_atto", "resnet18"])
+def test_stochastic_depth_drops_whole_images_with_the_draws_of_the_dense_module(name, some_tiles):
     tiles = some_tiles(6, (2, 2), 4)
-    encoder = create_encoder("convnext_atto", drop_path_rate=0.7).double().train()
+    encoder = awake(create_encoder(name, drop_path_rate=0.7), torch.float64)
     images = images_for(tiles, dtype=torch.float64)
     torch.manual_seed(0)
     dense = encoder(images)
