@@ -56,4 +56,5 @@ PYBIND11_MODULE(_C, m) {
   fastmim::bind_rows_batch_norm(m);
   fastmim::bind_tile_index(m);
   fastmim::bind_tiles(m);
+  fastmim::bind_visible_patch_embed(m);
 }

@@ -4,19 +4,22 @@ Legend: B batch, C channels, H W image, (p, q) patch, (gh, gw) grid, N = gh * gw
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmim.ops.backends import Backends, check_divisible
+from fastmim.ops.backends import Backends, check_divisible, compiled
 
 __all__ = ["visible_patch_embed", "visible_patch_embed_ref"]
 
 LAYOUTS = ("nchw", "nhwc")
 Statistic = Tensor | Sequence[float] | None
-_backends = Backends("visible_patch_embed")
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/element.h numbers them
+PIXELS = ELEMENTS | {torch.uint8: 3}
+_backends = Backends("visible_patch_embed", cpu="visible_rows", dtypes={"cpu": ELEMENTS, "triton": ELEMENTS})
 
 
 def visible_rows_ref(
@@ -59,6 +62,157 @@ def visible_patch_embed_ref(
     return embedded + (positions if ids_keep is None else positions[ids_keep])
 
 
+# Three small operators around torch's own matrix product: the rows that it reads, the positions added to what it
+# writes, and their gradient.
+torch.library.define(
+    "fastmim::visible_rows",
+    "(Tensor images, Tensor? ids_keep, Tensor? scale_shift, int p, int q, ScalarType dtype, str backend) -> Tensor",
+)
+torch.library.define(
+    "fastmim::add_positions",
+    "(Tensor tokens, Tensor positions, Tensor ids_keep, ScalarType dtype, str backend) -> Tensor",
+)
+torch.library.define(
+    "fastmim::sum_by_position", "(Tensor gradient, Tensor ids_keep, int positions, str backend) -> Tensor"
+)
+
+
+@torch.library.register_fake("fastmim::visible_rows")
+def _empty_rows(
+    images: Tensor,
+    ids_keep: Tensor | None,
+    scale_shift: Tensor | None,
+    p: int,
+    q: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    batch, channels, height, width = images.shape
+    visible = (height // p) * (width // q) if ids_keep is None else ids_keep.shape[1]
+    return images.new_empty((batch, visible, channels * p * q), dtype=dtype)
+
+
+@torch.library.register_fake("fastmim::add_positions")
+def _empty_tokens(tokens: Tensor, positions: Tensor, ids_keep: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return tokens.new_empty(tokens.shape, dtype=dtype)
+
+
+@torch.library.register_fake("fastmim::sum_by_position")
+def _empty_positions(gradient: Tensor, ids_keep: Tensor, positions: int, backend: str) -> Tensor:
+    return gradient.new_empty((positions, gradient.shape[2]), dtype=torch.float32)
+
+
+@torch.library.impl("fastmim::visible_rows", ("cpu", "cuda"))
+def _run_rows(
+    images: Tensor,
+    ids_keep: Tensor | None,
+    scale_shift: Tensor | None,
+    p: int,
+    q: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    rows = _empty_rows(images, ids_keep, scale_shift, p, q, dtype, backend)
+    ids_keep = None if ids_keep is None else ids_keep.contiguous()
+    scale_shift = None if scale_shift is None else scale_shift.contiguous()
+    if backend == "triton":
+        _backends.triton().visible_rows(images, ids_keep, scale_shift, (p, q), rows)
+    else:
+        batch, channels, height, width = images.shape
+        compiled().prefer_large_pages(rows.data_ptr(), rows.nbytes)
+        compiled().visible_rows(
+            (batch, rows.shape[1], height // p, width // q, p, q, channels),
+            (images.data_ptr(), PIXELS[images.dtype], images.stride()),
+            0 if ids_keep is None else ids_keep.data_ptr(),
+            0 if scale_shift is None else scale_shift.data_ptr(),
+            (rows.data_ptr(), ELEMENTS[dtype]),
+        )
+    return rows
+
+
+@torch.library.impl("fastmim::add_positions", ("cpu", "cuda"))
+def _run_add(tokens: Tensor, positions: Tensor, ids_keep: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    tokens, positions, ids_keep = tokens.contiguous(), positions.contiguous(), ids_keep.contiguous()
+    out = _empty_tokens(tokens, positions, ids_keep, dtype, backend)
+    if backend == "triton":
+        _backends.triton().add_positions(tokens, positions, ids_keep, out)
+    else:
+        compiled().add_positions(
+            (ids_keep.numel(), tokens.shape[2], positions.shape[0]),
+            (tokens.data_ptr(), ELEMENTS[tokens.dtype]),
+            positions.data_ptr(),
+            ids_keep.data_ptr(),
+            (out.data_ptr(), ELEMENTS[dtype]),
+        )
+    return out
+
+
+@torch.library.impl("fastmim::sum_by_position", ("cpu", "cuda"))
+def _run_sum(gradient: Tensor, ids_keep: Tensor, positions: int, backend: str) -> Tensor:
+    gradient, ids_keep = gradient.contiguous(), ids_keep.contiguous()
+    out = _empty_positions(gradient, ids_keep, positions, backend)
+    if backend == "triton":
+        _backends.triton().sum_by_position(gradient, ids_keep, out)
+    else:
+        compiled().sum_by_position(
+            (ids_keep.numel(), gradient.shape[2], positions),
+            (gradient.data_ptr(), ELEMENTS[gradient.dtype]),
+            ids_keep.data_ptr(),
+            out.data_ptr(),
+        )
+    return out
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, ids_keep, scale_shift, ctx.p, ctx.q, _, _ = inputs
+    ctx.of, ctx.dtype = images.shape, images.dtype
+    ctx.save_for_backward(ids_keep, scale_shift)
+
+
+def _differentiate_rows(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Back to the pixels, which pre-training never asks for: plain PyTorch, in a fixed order."""
+    (ids_keep, scale_shift), (batch, channels, height, width) = ctx.saved_tensors, ctx.of
+    gh, gw = height // ctx.p, width // ctx.q
+    cells = gradient.unflatten(2, (channels, ctx.p, ctx.q))
+    if scale_shift is not None:
+        cells = cells.to(scale_shift.dtype) * scale_shift[0].view(-1, 1, 1)
+    if ids_keep is not None:
+        image = torch.arange(batch, device=gradient.device).unsqueeze(1)
+        of_all = cells.new_zeros((batch, gh * gw, channels, ctx.p, ctx.q))
+        cells = of_all.index_put((image, ids_keep), cells, accumulate=True)
+    pixels = cells.unflatten(1, (gh, gw)).permute(0, 3, 1, 4, 2, 5).reshape(ctx.of)
+    return pixels.to(ctx.dtype), *[None] * 6
+
+
+def _save_positions(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, positions, ids_keep, _, ctx.backend = inputs
+    ctx.dtype, ctx.count = tokens.dtype, positions.shape[0]
+    ctx.save_for_backward(ids_keep)
+
+
+def _differentiate_add(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    (ids_keep,), positions = ctx.saved_tensors, None
+    if ctx.needs_input_grad[1]:
+        positions = torch.ops.fastmim.sum_by_position(gradient, ids_keep, ctx.count, ctx.backend)
+    return gradient.to(ctx.dtype), positions, None, None, None
+
+
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gradient, ids_keep, _, _ = inputs
+    ctx.dtype = gradient.dtype
+    ctx.save_for_backward(ids_keep)
+
+
+def _differentiate_sum(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    (ids_keep,) = ctx.saved_tensors
+    return gradient[ids_keep].to(ctx.dtype), None, None, None
+
+
+torch.library.register_autograd("fastmim::visible_rows", _differentiate_rows, setup_context=_save_rows)
+torch.library.register_autograd("fastmim::add_positions", _differentiate_add, setup_context=_save_positions)
+torch.library.register_autograd("fastmim::sum_by_position", _differentiate_sum, setup_context=_save_sum)
+
+
 def visible_patch_embed(
     images: Tensor,
     ids_keep: Tensor | None,
@@ -98,8 +252,21 @@ def visible_patch_embed(
     if layout not in LAYOUTS:
         raise ValueError(f"visible_patch_embed: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     _check(images, ids_keep, weight, bias, positions, mean, std, layout)
-    _backends.choose(images.device, weight.dtype, backend)
-    return visible_patch_embed_ref(images, ids_keep, weight, bias, positions, mean, std, layout)
+    rows_dtype, (_, _, p, q) = _rows_dtype(weight), weight.shape
+    floats = [t.dtype for t in (images, positions) if t is not None and t.is_floating_point()]
+    chosen = _backends.choose(images.device, reduce(torch.promote_types, floats, rows_dtype), backend)
+    if chosen == "reference":
+        return visible_patch_embed_ref(images, ids_keep, weight, bias, positions, mean, std, layout)
+    images = images if layout == "nchw" else images.permute(0, 3, 1, 2)
+    scale_shift = _scale_shift(images, mean, std, weight.dtype)
+    rows = torch.ops.fastmim.visible_rows(images, ids_keep, scale_shift, p, q, rows_dtype, chosen)
+    embedded = F.linear(rows, weight.flatten(1), bias)
+    if positions is None:
+        return embedded
+    if ids_keep is None:
+        return embedded + positions
+    dtype = torch.promote_types(embedded.dtype, positions.dtype)
+    return torch.ops.fastmim.add_positions(embedded, positions.float(), ids_keep, dtype, chosen)
 
 
 def _rows_dtype(weight: Tensor) -> torch.dtype:
