@@ -14,7 +14,12 @@ from fastmim.ops.backends import Backends, compiled
 __all__ = ["decoder_input", "decoder_input_ref"]
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/element.h numbers them
-_backends = Backends("decoder_input", cpu="decoder_input", dtypes={"cpu": ELEMENTS, "triton": ELEMENTS})
+_backends = Backends(
+    "decoder_input",
+    cpu="decoder_input",
+    triton="fastmim.kernels.decoder_input",
+    dtypes={"cpu": ELEMENTS, "triton": ELEMENTS},
+)
 
 
 def decoder_input_ref(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmim.ops.backends import Backends, check_divisible, compiled
+from fastmim.ops.linear import linear
 
 __all__ = ["visible_patch_embed", "visible_patch_embed_ref"]
 
@@ -260,7 +261,7 @@ def visible_patch_embed(
     images = images if layout == "nchw" else images.permute(0, 3, 1, 2)
     scale_shift = _scale_shift(images, mean, std, weight.dtype)
     rows = torch.ops.fastmim.visible_rows(images, ids_keep, scale_shift, p, q, rows_dtype, chosen)
-    embedded = F.linear(rows, weight.flatten(1), bias)
+    embedded = linear(rows, weight.flatten(1), bias)
     if positions is None:
         return embedded
     if ids_keep is None:

@@ -124,7 +124,7 @@ def test_half_precision_tokens_keep_full_precision_positions(backend):
     assert [g.dtype for g in gradients] == [torch.bfloat16] + 4 * [torch.float32]
     exact = results(decoder_input, visible.double(), *(t.double() if t.is_floating_point() else t for t in others))
     torch.testing.assert_close(sequence.double(), exact[0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(normed.double(), exact[1], rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(normed.double(), exact[1], rtol=2**-7, atol=1e-5)  # interpreted Triton truncates
     for ours, theirs in zip(gradients, exact[2:], strict=True):
         assert (ours.double() - theirs).norm() < 0.01 * theirs.norm()
 
