@@ -20,7 +20,12 @@ LAYOUTS = ("nchw", "nhwc")
 Statistic = Tensor | Sequence[float] | None
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/element.h numbers them
 PIXELS = ELEMENTS | {torch.uint8: 3}
-_backends = Backends("visible_patch_embed", cpu="visible_rows", dtypes={"cpu": ELEMENTS, "triton": ELEMENTS})
+_backends = Backends(
+    "visible_patch_embed",
+    cpu="visible_rows",
+    triton="fastmim.kernels.visible_patch_embed",
+    dtypes={"cpu": ELEMENTS, "triton": ELEMENTS},
+)
 
 
 def visible_rows_ref(
