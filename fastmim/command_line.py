@@ -15,6 +15,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from fastmim.closed_output import while_output_is_read
 from fastmim.config import (
     ConfigError,
     TrainConfig,
@@ -200,7 +201,8 @@ def _merge(where: str, merged: dict[str, Any], given: dict[str, Any]) -> None:
 def command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run a command and leave with its exit code. Only a bug shows a traceback."""
     try:
-        code = main(list(sys.argv[1:] if argv is None else argv)) or 0
+        with while_output_is_read():
+            code = main(list(sys.argv[1:] if argv is None else argv)) or 0
     except KeyboardInterrupt:
         code = CTRL_C
         print("stopped", file=sys.stderr)

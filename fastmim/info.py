@@ -10,6 +10,7 @@ import torch
 
 import fastmim
 import fastmim.ops  # registers the operations
+from fastmim.closed_output import while_output_is_read
 from fastmim.ops.backends import NAMES, operations
 from fastmim.ops.extension import load_extension
 
@@ -105,4 +106,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with while_output_is_read():
+        sys.exit(main(sys.argv[1:]))
