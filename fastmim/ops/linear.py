@@ -65,9 +65,15 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Through the same operator, so that it has derivatives of every order."""
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    of_weight = None
+    if needs_weight and x.numel() + weight.numel() < grad.numel():
+        # oneDNN transposes its first argument in memory, so the smaller matrix goes there; then the result is to be.
+        of_weight = torch.ops.fastmim.linear(x.t(), grad.t(), None).t()
+    elif needs_weight:
+        of_weight = torch.ops.fastmim.linear(grad.t(), x.t(), None)
     return (
         torch.ops.fastmim.linear(grad, weight.t(), None) if needs_x else None,
-        torch.ops.fastmim.linear(grad.t(), x.t(), None) if needs_weight else None,
+        of_weight,
         grad.sum(0) if needs_bias else None,
     )
 
