@@ -20,6 +20,8 @@ def focal_l1(error: Tensor) -> Tensor:
 class PlainA2MIM(nn.Module):
     """images [B, C, H, W] -> loss. `freq` holds the settings of the Fourier loss (see fastmim.methods.a2mim)."""
 
+    eps = 1e-5  # the authors'; a test compares without
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -60,8 +62,10 @@ class PlainA2MIM(nn.Module):
         tokens, pixels = (repeat_mask(mask, self.grid, size) for size in (self.token_grid, tuple(images.shape[2:])))
         mean = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
         filled = images * (1 - pixels) + mean * pixels
-        prediction = self.head(self.encoder.forward_map(filled, lambda x: self.insert(x, tokens), self.at)).float()
-        spatial = (self.pixel_loss(prediction - images) * pixels).sum() / (pixels.sum() + 1e-5) / images.shape[1]
+        prediction = self.head(self.encoder.forward_map(filled, lambda x: self.insert(x, tokens), self.at)).to(
+            images.dtype
+        )
+        spatial = (self.pixel_loss(prediction - images) * pixels).sum() / (pixels.sum() + self.eps) / images.shape[1]
         if self.freq.weight == 0:
             return spatial
         return spatial + self.freq.weight * self.frequency_loss(prediction, images, pixels)
@@ -78,7 +82,7 @@ class PlainA2MIM(nn.Module):
         weight = pixels + (1 - pixels) * freq.visible_weight
         composed = prediction * weight + other * (1 - weight)
         with torch.autocast(images.device.type, enabled=False):
-            predicted, true = (torch.fft.fft2(x.float(), norm="ortho") for x in (composed, images))
+            predicted, true = (torch.fft.fft2(x, norm="ortho") for x in (composed, images))
             return self.paper_form(predicted - true) if freq.form == "paper" else self.code_form(predicted, true)
 
     def paper_form(self, difference: Tensor) -> Tensor:

@@ -68,5 +68,5 @@ class PlainMAE(nn.Module):
         if self.norm_pix:
             mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
             target = (target - mean) / (variance + 1e-6) ** 0.5
-        loss = ((prediction.float() - target) ** 2).mean(dim=-1)  # [B, N]
+        loss = ((prediction.to(target.dtype) - target) ** 2).mean(dim=-1)  # [B, N]
         return (loss * mask).sum() / mask.sum()

@@ -13,6 +13,8 @@ def pixel_head(channels: int, stride: int, in_chans: int) -> nn.Sequential:
 class PlainSimMIM(nn.Module):
     """images [B, C, H, W] -> loss."""
 
+    eps = 1e-5  # the authors'; a test compares without
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -46,5 +48,5 @@ class PlainSimMIM(nn.Module):
         tokens = repeat_mask(mask, self.grid, self.token_grid)
         prediction = self.head(self.encoder.forward_map(images, lambda x: self.insert(x, tokens), self.at))
         pixels = repeat_mask(mask, self.grid, tuple(images.shape[2:]))
-        loss = nn.functional.l1_loss(prediction.float(), images, reduction="none")
-        return (loss * pixels).sum() / (pixels.sum() + 1e-5) / images.shape[1]
+        loss = nn.functional.l1_loss(prediction.to(images.dtype), images, reduction="none")
+        return (loss * pixels).sum() / (pixels.sum() + self.eps) / images.shape[1]

@@ -29,7 +29,7 @@ def baseline_of(method: Any) -> nn.Module:
     """
     if method.name not in _BUILDERS:
         raise ValueError(f"method {method.name!r} has no plain baseline; there are: {', '.join(sorted(_BUILDERS))}")
-    plain = _BUILDERS[method.name](method)
+    plain = _BUILDERS[method.name](method).to(next(method.parameters()).dtype)
     weights = {key: value for key, value in method.state_dict().items() if not key.startswith(_HEADS)}
     plain.load_state_dict(weights, strict=True)
     for name, parameter in plain.named_parameters():

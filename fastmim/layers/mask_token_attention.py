@@ -2,8 +2,8 @@
 
 There, before anything is mixed, a removed position knows nothing of its image: its vector is the mask token, plus the
 position's embedding where there is one. So its LayerNorm and projection are computed once for the batch, not once for
-every image. Without absolute positions all removed positions hold one vector, and as keys they can be one key that
-counts for all. Both are exact.
+every image. Without absolute positions all removed positions of an image hold one vector, and as keys they can be one
+key that counts for all. Both are exact.
 
 Legend: B batch, P prefix tokens, K visible patches, N all patches, T = P + N tokens, C width, H heads, D head width.
 """
@@ -12,13 +12,14 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastmim.layers.fused_attention import FusedAttention
 from fastmim.layers.fused_beit import FusedBeitAttention
 from fastmim.layers.row_index import inverse_permutation
 from fastmim.ops import attention, decoder_input
 
-__all__ = ["collapsed_bias", "mask_token_attention"]
+__all__ = ["assemble", "collapsed_bias", "mask_token_attention", "sequence_of"]
 
 
 def mask_token_attention(
@@ -37,13 +38,13 @@ def mask_token_attention(
     Args:
         norm, attn: of a block; `norm` acts on each row by itself, as LayerNorm does.
         visible: [B, P + K, C], prefix tokens and visible patches, with their positions added if they have any.
-        mask_token: [C], or [N, C] where positions are added: the vector of each removed position, the same in all
-            images.
+        mask_token: the vector of each removed position: [C] for all, [N, C] where positions are added, the same in all
+            images, or [B, 1, C] where each image has its own.
         ids_restore: [B, N] int64, as `random_mask` gives it.
         num_prefix_tokens: P.
         bias: [1, H, T, T], added to the scores, or None.
-        collapse_keys: also let one key stand for all removed positions. Needs one vector for all, i.e. a mask token
-            [C]; the attention must be the package's own.
+        collapse_keys: also let one key stand for all removed positions, which needs a mask token [C] or [B, 1, C];
+            our attention then runs, whatever the provider of `attn`.
 
     Returns:
         [B, P + N, C]. Stochastic depth, gain and residual sum come after attention and are not touched by this.
@@ -52,24 +53,47 @@ def mask_token_attention(
         ValueError: keys to be collapsed that are not equal.
     """
     if isinstance(attn, FusedAttention) and attn.gate is not None:  # the gate reads the rows of the sequence
-        sequence = decoder_input(visible, mask_token, ids_restore, num_prefix_tokens=num_prefix_tokens)
-        assert isinstance(sequence, Tensor)
-        return attn(norm(sequence), bias)
+        return attn(norm(assemble(visible, mask_token, ids_restore, num_prefix_tokens)), bias)
     of_visible = attn.project(norm(visible))  # [B, P + K, 3, H, D]
-    of_masked = attn.project(norm(mask_token.to(visible.dtype)))  # [3, H, D] or [N, 3, H, D]
-    flat = of_masked.flatten(-3)
+    of_masked = attn.project(norm(mask_token.to(visible.dtype)))  # [3, H, D], [N, 3, H, D] or [B, 1, 3, H, D]
     if collapse_keys:
-        if flat.dim() == 2:
+        if mask_token.dim() == 2:
             raise ValueError(
                 f"mask_token_attention: removed positions with vectors of their own (mask_token "
                 f"{list(mask_token.shape)}) are not one key; collapse_keys needs a mask token [{mask_token.shape[-1]}]"
             )
         attended = _with_one_key(attn, of_visible, of_masked, ids_restore, num_prefix_tokens, bias)
     else:
-        packed = decoder_input(of_visible.flatten(2), flat, ids_restore, num_prefix_tokens=num_prefix_tokens)
-        assert isinstance(packed, Tensor)
+        packed = assemble(of_visible.flatten(2), of_masked.flatten(-3), ids_restore, num_prefix_tokens)
         attended = attn.attend(packed.unflatten(2, of_visible.shape[2:]), bias)
     return attn.finish(attended, attended) if isinstance(attn, FusedAttention) else attn.finish(attended)
+
+
+def assemble(
+    visible: Tensor,
+    mask_token: Tensor,
+    ids_restore: Tensor,
+    num_prefix_tokens: int,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """`decoder_input` of `visible`, for a mask token [C] or [N, C], or [B, 1, C] that is each image's own.
+
+    positions [N, C] are added to removed positions only.
+    """
+    if mask_token.dim() < 3:
+        token = mask_token if positions is None else mask_token + positions
+        return sequence_of(decoder_input(visible, token, ids_restore, num_prefix_tokens=num_prefix_tokens))
+    token = mask_token.new_zeros(mask_token.shape[2]) if positions is None else positions
+    x = sequence_of(decoder_input(visible, token, ids_restore, num_prefix_tokens=num_prefix_tokens))
+    removed = ids_restore >= visible.shape[1] - num_prefix_tokens
+    removed = F.pad(removed, (num_prefix_tokens, 0))
+    return torch.addcmul(x, mask_token.to(x.dtype), removed.unsqueeze(-1).to(x.dtype))
+
+
+def sequence_of(assembled: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """What `decoder_input` gives where no norm was asked for."""
+    assert isinstance(assembled, Tensor)
+    return assembled
 
 
 def _with_one_key(
@@ -83,11 +107,8 @@ def _with_one_key(
     """Queries of all T positions, keys of the P + K visible ones and of one removed."""
     batch, shown = of_visible.shape[:2]
     removed = prefix + ids_restore.shape[1] - shown
-    queries = decoder_input(
-        of_visible[:, :, 0].flatten(2), of_masked[0].flatten(), ids_restore, num_prefix_tokens=prefix
-    )
-    assert isinstance(queries, Tensor)
-    keys = torch.cat((of_visible[:, :, 1:], of_masked[1:].expand(batch, 1, -1, -1, -1)), dim=1)
+    queries = assemble(of_visible[:, :, 0].flatten(2), of_masked[..., 0, :, :].flatten(-2), ids_restore, prefix)
+    keys = torch.cat((of_visible[:, :, 1:], of_masked[..., 1:, :, :].expand(batch, 1, -1, -1, -1)), dim=1)
     log_count = None
     if bias is None:
         dtype = torch.promote_types(keys.dtype, torch.float32)

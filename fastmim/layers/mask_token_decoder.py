@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmim.layers.fused_block import FusedBlock
 from fastmim.layers.linear import Linear
-from fastmim.layers.mask_token_attention import mask_token_attention
+from fastmim.layers.mask_token_attention import mask_token_attention, sequence_of
 from fastmim.layers.row_index import inverse_permutation, take_rows
 from fastmim.layers.sincos_positions import sincos_positions
 from fastmim.ops import decoder_input
@@ -100,7 +100,7 @@ class MaskTokenDecoder(nn.Module):
             x = self._first_block(blocks.pop(0), x, ids_restore)
         else:
             token, positions = self.mask_token.flatten(), self.decoder_pos_embed[0]
-            x = _sequence(decoder_input(x, token, ids_restore, positions, num_prefix_tokens=prefix))
+            x = sequence_of(decoder_input(x, token, ids_restore, positions, num_prefix_tokens=prefix))
         for block in blocks:
             x = block(x)
         if last is None:
@@ -109,7 +109,7 @@ class MaskTokenDecoder(nn.Module):
         predicted = self.decoder_pred(self.decoder_norm(_rows_of_block(last, x, prefix + removed)))  # [B, M, P]
         # Back to their places: removed positions are the "visible" ones of the shuffle that begins with them.
         zero, places = predicted.new_zeros(predicted.shape[2]), (ids_restore - visible) % ids_restore.shape[1]
-        return _sequence(decoder_input(predicted, zero, places))
+        return sequence_of(decoder_input(predicted, zero, places))
 
     def _first_block(self, block: nn.Module, x: Tensor, ids_restore: Tensor) -> Tensor:
         """Embedded visible tokens [B, prefix + K, d] -> the sequence [B, prefix + N, d] after the first block."""
@@ -119,7 +119,7 @@ class MaskTokenDecoder(nn.Module):
         of_prefix = torch.arange(prefix, device=x.device).expand(x.shape[0], -1)
         x = x + positions[torch.cat((of_prefix, prefix + ids_keep), dim=1)]
         token = self.mask_token[0] + positions[prefix:]  # [N, d], the same for all images
-        sequence = _sequence(decoder_input(x, token, ids_restore, num_prefix_tokens=prefix))
+        sequence = sequence_of(decoder_input(x, token, ids_restore, num_prefix_tokens=prefix))
         attended = mask_token_attention(block.norm1, block.attn, x, token, ids_restore, num_prefix_tokens=prefix)
         return block.finish(sequence, attended)
 
@@ -129,12 +129,6 @@ def _rows_of_block(block: nn.Module, x: Tensor, ids: Tensor) -> Tensor:
     assert isinstance(block, FusedBlock)
     normed = block.norm1(x)
     return block.finish(take_rows(x, ids), block.attn.of_rows(take_rows(normed, ids), normed))
-
-
-def _sequence(assembled: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """What `decoder_input` gives where no norm was asked for."""
-    assert isinstance(assembled, Tensor)
-    return assembled
 
 
 def init_mae_linear(module: nn.Module) -> None:

@@ -11,11 +11,19 @@ from torch import Tensor
 from fastmim.layers import SparseModule
 from fastmim.methods.base import Batch, Method, Output, Pictures
 from fastmim.methods.cnn_tiles import encoder_on_tiles
-from fastmim.methods.masking import cell_grid, check_cell, count_kept, removed_pixels, removed_tokens
+from fastmim.methods.masking import (
+    cell_grid,
+    check_cell,
+    count_kept,
+    removed_pixels,
+    removed_tokens,
+    token_places,
+)
 from fastmim.models.encoder import Encoder
 from fastmim.models.mask_token import MaskToken
 from fastmim.models.pixel_head import PixelHead
-from fastmim.ops import Masks, TileIndex, frequency_loss, masked_patch_loss, random_mask, scatter_tiles
+from fastmim.models.token_encoder import TokenEncoder
+from fastmim.ops import Masks, TileIndex, frequency_loss, linear, masked_patch_loss, random_mask, scatter_tiles
 
 
 @dataclass
@@ -70,6 +78,9 @@ class A2MIMConfig:
     """Learning rate of the mask token, as a multiple (0.1 in the CNN recipes)."""
     gate_lr_scale: float = 1.0
     """Learning rate of the gate, as a multiple (0.1 in the 100-epoch ResNet-50 and the ConvNeXt recipes)."""
+    exact_pruning: bool = True
+    """Leave out work on removed patches that repeats within an image; the result is the same up to rounding. ViT with
+    the token after the patch embedding and without gate and detach only, others have no such work."""
     tiles: bool = False
     """Not the paper's: what is before the mask token in a CNN sees visible tiles only, and the token alone fills the
     removed cells from there on. Saves the work on removed cells; they have no features for a gate."""
@@ -127,6 +138,8 @@ class A2MIM(Method):
             self._on_tiles = (encoder_on_tiles(encoder, "a2mim with method.tiles", outputs=before),)
         gate = cfg.gate_init if gated else None
         self.mask_token = MaskToken(point.channels, point.layout, replace=False, gate=gate, detach=cfg.detach)
+        first = isinstance(encoder, TokenEncoder) and not cfg.mask_layer
+        self.prunes = cfg.exact_pruning and first and gate is None and not cfg.detach
         self.head = PixelHead(encoder.num_features, encoder.stride, encoder.in_chans)
         _check_frequency(cfg.freq)
         self.loss: Literal["l1", "focal_l1"] = cfg.loss if cfg.loss != "auto" else "focal_l1" if is_cnn else "l1"
@@ -139,21 +152,33 @@ class A2MIM(Method):
         self.check_images(images)
         target = images if target is None else target
         removed = removed_pixels(masks.mask, self.grid, self.img_size)
-        filled = images.masked_fill(removed, 0.0) if self._on_tiles else mean_fill(images, removed)
-        features = self.features_on_tiles(images, masks) if self._on_tiles else self.features(filled, masks)
-        prediction = self.head(features)
+        prediction = self.head(self.features(images, masks, removed))
         spatial = masked_patch_loss(prediction, target, masks.mask, self.cell, loss=self.loss)
         loss, parts = spatial, {"loss_spatial": spatial.detach()}
         if self.cfg.freq.weight != 0.0:
             frequency = self.frequency(prediction, target, masks.mask)
             loss = spatial + self.cfg.freq.weight * frequency
             parts["loss_frequency"] = frequency.detach()
-        return Output(loss, parts, functools.partial(_pictures, target, filled, prediction.detach(), removed))
+        shown = functools.partial(_pictures, target, images, prediction.detach(), removed, bool(self._on_tiles))
+        return Output(loss, parts, shown)
 
-    def features(self, filled: Tensor, masks: Masks) -> Tensor:
-        """The last map, of a filled image and with the token."""
+    def features(self, images: Tensor, masks: Masks, removed: Tensor) -> Tensor:
+        """The last map: of a filled image with the token, or of visible tiles."""
+        if self._on_tiles:
+            return self.features_on_tiles(images, masks)
+        if self.prunes:
+            return self.features_once(images, masks)
+        filled = mean_fill(images, removed)
         insert = functools.partial(self.mask_token, removed=removed_tokens(masks.mask, self.grid, self.token_grid))
         return self.encoder.forward_map(filled, insert, self.cfg.mask_layer)
+
+    def features_once(self, images: Tensor, masks: Masks) -> Tensor:
+        """The same without filling: removed patches of an image are all its mean colour, so one of them is embedded."""
+        assert isinstance(self.encoder, TokenEncoder)
+        embed = self.encoder.patch_embed.proj
+        colour = linear(images.mean(dim=(2, 3)), embed.weight.sum(dim=(2, 3)), embed.bias)  # [B, D]
+        token = (colour + self.mask_token.token).unsqueeze(1)
+        return self.encoder.forward_replaced(images, token, *token_places(masks, self.grid, self.token_grid))
 
     def features_on_tiles(self, images: Tensor, masks: Masks) -> Tensor:
         """The last map; visible cells alone up to the token."""
@@ -205,6 +230,7 @@ def _check_frequency(freq: FrequencyConfig) -> None:
         )
 
 
-def _pictures(original: Tensor, filled: Tensor, prediction: Tensor, removed: Tensor) -> Pictures:
+def _pictures(original: Tensor, images: Tensor, prediction: Tensor, removed: Tensor, on_tiles: bool) -> Pictures:
+    masked = images.masked_fill(removed, 0.0) if on_tiles else mean_fill(images, removed)
     reconstruction = prediction.to(original.dtype).where(removed, original)
-    return Pictures(original=original, masked=filled, reconstruction=reconstruction)
+    return Pictures(original=original, masked=masked, reconstruction=reconstruction)

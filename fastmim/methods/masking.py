@@ -8,9 +8,12 @@ import math
 from fractions import Fraction
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from fastmim.layers.row_index import inverse_permutation
 from fastmim.methods.base import size_text
+from fastmim.ops import Masks
 from fastmim.ops.masks import upsample_mask
 
 Rounding = Literal["ceil", "floor", "round"]
@@ -91,3 +94,17 @@ def removed_tokens(mask: Tensor, grid: tuple[int, int], token_grid: tuple[int, i
 def removed_pixels(mask: Tensor, grid: tuple[int, int], img_size: tuple[int, int]) -> Tensor:
     """Cell mask [B, N] nearest-repeated to pixels: bool [B, 1, H, W], True = removed."""
     return upsample_mask(mask, grid, img_size).unsqueeze(1)
+
+
+def token_places(masks: Masks, grid: tuple[int, int], token_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """`ids_keep` and `ids_restore` of cells on `grid` -> those of the tokens of `token_grid`, cell by cell.
+
+    Returns:
+        ids_keep [B, K·s], ids_restore [B, N·s] for s tokens a cell; a token is visible where ids_restore < K·s.
+    """
+    (rows, columns), (height, width) = (token_grid[0] // grid[0], token_grid[1] // grid[1]), token_grid
+    rank = masks.ids_restore.unflatten(1, grid).repeat_interleave(rows, 1).repeat_interleave(columns, 2)
+    down, right = (torch.arange(side, device=rank.device) for side in (height, width))
+    within = (down % rows)[:, None] * columns + right % columns
+    ids_restore = (rank * (rows * columns) + within).flatten(1)
+    return inverse_permutation(ids_restore)[:, : masks.ids_keep.shape[1] * rows * columns], ids_restore

@@ -7,10 +7,18 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastmim.methods.base import Batch, Method, Output, Pictures
-from fastmim.methods.masking import cell_grid, check_cell, count_kept, removed_pixels, removed_tokens
+from fastmim.methods.masking import (
+    cell_grid,
+    check_cell,
+    count_kept,
+    removed_pixels,
+    removed_tokens,
+    token_places,
+)
 from fastmim.models.encoder import Encoder
 from fastmim.models.mask_token import MaskToken
 from fastmim.models.pixel_head import PixelHead
+from fastmim.models.token_encoder import TokenEncoder
 from fastmim.ops import Masks, masked_patch_loss, random_mask
 
 
@@ -25,6 +33,9 @@ class SimMIMConfig:
     mask_layer: int = 0
     """Where the token replaces features: 0 is right after the patch embedding of a ViT or the stem of a CNN; k is
     before block k of a ViT or stage k + 1 of a CNN (which has seen removed pixels until there)."""
+    exact_pruning: bool = True
+    """Leave out work on removed patches that all images share; the result is the same up to rounding. ViT with
+    mask_layer 0 only, other encoders have no such work."""
 
 
 class SimMIM(Method):
@@ -64,11 +75,18 @@ class SimMIM(Method):
         """The step for given masks; `target` is `images` unless a test tells them apart."""
         self.check_images(images)
         target = images if target is None else target
-        insert = functools.partial(self.mask_token, removed=removed_tokens(masks.mask, self.grid, self.token_grid))
-        prediction = self.head(self.encoder.forward_map(images, insert, self.cfg.mask_layer))
+        prediction = self.head(self.features(images, masks))
         loss = masked_patch_loss(prediction, target, masks.mask, self.cell, loss="l1")
         removed = removed_pixels(masks.mask, self.grid, self.img_size)
         return Output(loss, pictures=functools.partial(_pictures, target, prediction.detach(), removed))
+
+    def features(self, images: Tensor, masks: Masks) -> Tensor:
+        """The last map, with the token in place of what is removed."""
+        if self.cfg.exact_pruning and self.cfg.mask_layer == 0 and isinstance(self.encoder, TokenEncoder):
+            places = token_places(masks, self.grid, self.token_grid)
+            return self.encoder.forward_replaced(images, self.mask_token.token, *places)
+        insert = functools.partial(self.mask_token, removed=removed_tokens(masks.mask, self.grid, self.token_grid))
+        return self.encoder.forward_map(images, insert, self.cfg.mask_layer)
 
 
 def _pictures(original: Tensor, prediction: Tensor, removed: Tensor) -> Pictures:

@@ -6,6 +6,8 @@ Legend: B batch, N = gh * gw patches, K visible patches, P prefix tokens (cls, r
 import torch
 from torch import Tensor, nn
 
+from fastmim.layers import FusedBeitBlock, FusedBlock, mask_token_attention
+from fastmim.layers.mask_token_attention import assemble
 from fastmim.models.encoder import Encoder, InsertFunction, Insertion, pair
 from fastmim.models.transformer import NORM_EPS, PatchEmbed
 
@@ -85,8 +87,54 @@ class TokenEncoder(Encoder):
         """
         self._check_images(images)
         index = self._insertion_index(at, len(self.blocks), default=0)
-        tokens = self._encode(images, insert=insert, at=index)
-        return tokens[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.grid_size)
+        return self._map(self._encode(images, insert=insert, at=index))
+
+    def forward_replaced(
+        self, images: Tensor, token: Tensor, ids_keep: Tensor, ids_restore: Tensor, *, collapse_keys: bool = False
+    ) -> Tensor:
+        """`forward_map` of patch tokens that `token` replaces, right after the patch embedding, where they are removed.
+
+        The pixels of removed patches are not read, and what the first block computes of them before attention is
+        computed once for all that are equal: once per position, or once in all without absolute positions.
+
+        Args:
+            images: [B, in_chans, H, W].
+            token: [D], or [B, 1, D] where each image has its own.
+            ids_keep: [B, K] int64, the visible patches.
+            ids_restore: [B, N] int64, the place of each patch in `ids_keep`, or K and more where it is removed; a
+                permutation in each image.
+            collapse_keys: let one key stand for all removed patches in the first attention. Refused with absolute
+                positions.
+
+        Returns:
+            [B, D, gh, gw].
+        """
+        self._check_images(images)
+        prefix, positions, context = self.num_prefix_tokens, self._patch_positions(), self._block_context(None)
+        visible = self._with_prefix(self.patch_embed(images, ids_keep, positions))
+        x = assemble(visible, token, ids_restore, prefix, positions)
+        first = self.blocks[0]
+        assert isinstance(first, FusedBlock | FusedBeitBlock)
+        bias = first.attn.bias(*context) if isinstance(first, FusedBeitBlock) else None
+        if positions is not None and token.dim() == 1:
+            token = token + positions
+        if positions is None or token.dim() == 2:
+            attended = mask_token_attention(
+                first.norm1,
+                first.attn,
+                visible,
+                token,
+                ids_restore,
+                num_prefix_tokens=prefix,
+                bias=bias,
+                collapse_keys=collapse_keys,
+            )
+            x = first.finish(x, attended)
+        else:  # each removed position of each image has a vector of its own
+            x = first(x, *context)
+        for block in self.blocks[1:]:
+            x = block(x, *context)
+        return self._map(self.norm(x))
 
     def insertion(self, at: int | None = None) -> Insertion:
         """Tokens of the patches, the same at every block."""
@@ -128,6 +176,10 @@ class TokenEncoder(Encoder):
                 x = torch.cat((prefix, insert(patches)), dim=1)
             x = block(x, *context)
         return self.norm(x)
+
+    def _map(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, P + N, D] -> their patches as a map [B, D, gh, gw]."""
+        return tokens[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.grid_size)
 
     def _block_context(self, ids_keep: Tensor | None) -> tuple[Tensor | None, ...]:
         """What every block receives beside the tokens."""
