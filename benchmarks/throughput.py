@@ -1,10 +1,13 @@
 """Training steps of whole methods against the plain PyTorch way: forward, backward and optimiser, taking turns.
 
 Ours is the step that `fastmim.train` runs (gradient norm and finite check included). The plain way is its twin in
-benchmarks/baselines with torch's default AdamW, looking at the loss in each step, as the papers' repositories do.
+benchmarks/baselines with the same fused AdamW (or torch's default one, `--baseline-optimizer default`), looking at the
+loss in each step, as the papers' repositories do. `--ablate` adds a row for each fusion and pruning: our step against
+our step with that one thing done the plain way.
 """
 
 import argparse
+import functools
 import itertools
 import math
 import sys
@@ -19,6 +22,7 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.ablation import pieces, without
 from benchmarks.baselines import baseline_of
 from benchmarks.ops import add_machine_options, choose, command_line, prepare_machine
 from benchmarks.runner import DTYPES, BenchmarkError, Case, Row, Settings, Side, run_cases, write_rows
@@ -62,14 +66,14 @@ def our_step(method: Any, precision: str, batch_size: int) -> Callable[[Tensor],
     return run
 
 
-def plain_step(plain: nn.Module, precision: str) -> Callable[[Tensor], None]:
+def plain_step(plain: nn.Module, precision: str, optimizer_name: str = "fused") -> Callable[[Tensor], None]:
     """What a training script does: autocast, backward, AdamW, and a look at the loss."""
     trained = [p for p in plain.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=_LR, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=_LR, betas=(0.9, 0.95), fused=True if optimizer_name == "fused" else None)
     device = trained[0].device
 
     def run(images: Tensor) -> None:
@@ -108,20 +112,21 @@ def step_case(
     precision: str,
     device: torch.device,
     settings: Mapping[str, Any] | None = None,
+    baseline_precision: str | None = None,
+    baseline_optimizer: str = "fused",
 ) -> Case:
     """The case of one method, encoder and precision; building it builds both models. `settings` are the method's."""
-    torch.manual_seed(0)
-    cfg = method_config(method_name)(**(settings or {}))
-    method = create_method(method_name, create_encoder(model, img_size=img_size), cfg, img_size).to(device).train()
+    method = _method(method_name, model, img_size, device, settings)
     plain = baseline_of(method)
+    baseline_precision = baseline_precision or precision
+    name = "plain PyTorch" + (f" {baseline_precision}" if baseline_precision != precision else "")
+    name += ", default AdamW" if baseline_optimizer == "default" else ""
     shape = (batch_size, method.encoder.in_chans, *img_size)
-    size = f"{img_size[0]}px" if img_size[0] == img_size[1] else f"{img_size[0]}x{img_size[1]}px"
-    changed = "".join(f" {key}={value}" for key, value in (settings or {}).items())
     return Case(
         op=method_name,
-        case=f"{model} {size} B{batch_size}{changed}",
+        case=_case_text(model, img_size, batch_size, settings),
         candidate=Side("auto", our_step(method, precision, batch_size), resident_bytes(method)),
-        baseline=Side("plain PyTorch", plain_step(plain, precision), resident_bytes(plain)),
+        baseline=Side(name, plain_step(plain, baseline_precision, baseline_optimizer), resident_bytes(plain)),
         inputs=lambda: (torch.randn(shape, device=device),),
         dtype=DTYPES[precision],
         passes=("step",),
@@ -129,6 +134,45 @@ def step_case(
         # The plain twin of a method on tiles also computes what is masked: its count says nothing of ours.
         flops={} if method.name in _MODELS else {"step": count_flops(plain, torch.randn(shape, device=device))},
     )
+
+
+def ablation_case(
+    piece: str,
+    method_name: str,
+    model: str,
+    img_size: tuple[int, int],
+    batch_size: int,
+    precision: str,
+    device: torch.device,
+    settings: Mapping[str, Any] | None = None,
+) -> Case:
+    """Our step against our step without one piece of `ablation.pieces(method_name)`."""
+    ours, other = (_method(method_name, model, img_size, device, settings) for _ in range(2))
+    plainer = without(our_step(other, precision, batch_size), other, pieces(method_name)[piece])
+    shape = (batch_size, ours.encoder.in_chans, *img_size)
+    return Case(
+        op=method_name,
+        case=_case_text(model, img_size, batch_size, settings),
+        candidate=Side("auto", our_step(ours, precision, batch_size), resident_bytes(ours)),
+        baseline=Side(f"without {piece}", plainer, resident_bytes(other)),
+        inputs=lambda: (torch.randn(shape, device=device),),
+        dtype=DTYPES[precision],
+        passes=("step",),
+        images=batch_size,
+    )
+
+
+def _method(
+    name: str, model: str, img_size: tuple[int, int], device: torch.device, settings: Mapping[str, Any] | None
+) -> Any:
+    torch.manual_seed(0)
+    cfg = method_config(name)(**(settings or {}))
+    return create_method(name, create_encoder(model, img_size=img_size), cfg, img_size).to(device).train()
+
+
+def _case_text(model: str, img_size: tuple[int, int], batch_size: int, settings: Mapping[str, Any] | None) -> str:
+    size = f"{img_size[0]}px" if img_size[0] == img_size[1] else f"{img_size[0]}x{img_size[1]}px"
+    return f"{model} {size} B{batch_size}" + "".join(f" {key}={value}" for key, value in (settings or {}).items())
 
 
 def _image_size(text: str) -> tuple[int, int]:
@@ -150,6 +194,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--img_size", type=_image_size, help="224 (the default), or 224x192 (height x width)")
     parser.add_argument("--batch_size", type=int, default=None, help="default: 16 on a CPU, 256 on a GPU")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="default: fp32")
+    help = "of the plain way; default: that of our side"
+    parser.add_argument("--baseline-precision", choices=("fp32", "bf16"), default=None, help=help)
+    help = "AdamW of the plain way: fused, as ours (the default), or the one that torch takes when not told"
+    parser.add_argument("--baseline-optimizer", choices=("fused", "default"), default="fused", help=help)
+    help = "also a row for each fusion and pruning: our step against our step without it"
+    parser.add_argument("--ablate", action="store_true", help=help)
     parser.add_argument("--steps", type=int, default=None, help="measured steps of each side; default: 10, on a GPU 30")
     parser.add_argument("--quick", action="store_true", help="two images of 32 pixels, one step: does everything run?")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
@@ -238,14 +288,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     failures: list[str] = []
     for (method, model), precision in itertools.product(pairs, options.precision):
-        try:
-            own = _settings_of(method, settings_given)
-            case = step_case(method, model, sizes[method], batch_size, precision, device, own)
-        except (ValueError, RuntimeError) as error:
-            failures.append(f"{method} {model} {precision}: {error}")
-            continue
-        failures += run_cases([case], settings, keep)[1]
-        del case  # both models, before the next two are built
+        own = _settings_of(method, settings_given)
+        common = (method, model, sizes[method], batch_size, precision, device, own)
+        builders = [functools.partial(step_case, *common, options.baseline_precision, options.baseline_optimizer)]
+        if options.ablate:
+            builders += [functools.partial(ablation_case, piece, *common) for piece in pieces(method)]
+        for build in builders:  # one case at a time: each holds two models
+            try:
+                case = build()
+            except (ValueError, RuntimeError) as error:
+                failures.append(f"{method} {model} {precision}: {error}")
+                continue
+            failures += run_cases([case], settings, keep)[1]
+            del case
     show(rows)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)

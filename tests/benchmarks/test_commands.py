@@ -1,12 +1,15 @@
 """The commands: python -m benchmarks.ops, .throughput and .table."""
 
+import importlib
 import json
 
 import pytest
 import torch
 
 from benchmarks import ops, table, throughput
+from benchmarks.ablation import pieces
 from benchmarks.runner import KEYS, read_rows
+from fastmim.ops.backends import operations
 
 _needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no usable GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _needs_gpu])]
@@ -63,6 +66,36 @@ def test_methods_on_tiles_are_measured_with_cnns_and_settings(device, tmp_path, 
         "convnextv2_tiny 64px B2 decoder_dim=64",
         "convnextv2_tiny 64px B2 decoder=light",
     ]
+
+
+def test_throughput_against_another_precision_and_piece_by_piece(tmp_path, capsys):
+    path = tmp_path / "throughput.json"
+    arguments = ["--methods", "mae", "a2mim", "--model", "vit_tiny_patch16_224", "--precision", "bf16", *TINY]
+    arguments += ["--baseline-precision", "fp32", "--baseline-optimizer", "default", "--ablate", "--json", str(path)]
+    assert throughput.main(arguments) == 0, capsys.readouterr().err
+    rows = read_rows(path)
+    expected = [("mae", "plain PyTorch fp32, default AdamW"), ("a2mim", "plain PyTorch fp32, default AdamW")]
+    expected += [(method, f"without {piece}") for method in ("mae", "a2mim") for piece in pieces(method)]
+    assert sorted((row["op"], row["baseline"]) for row in rows) == sorted(expected)
+    assert all(row["dtype"] == "bf16" and row["ratio"] > 0 and row["peak_mb"] > 0 for row in rows)
+
+
+def test_every_piece_is_really_left_out(monkeypatch):
+    """Each switch changes what runs: the attention, the module's setting or the chosen backend."""
+    for method in ("mae", "simmim", "a2mim"):
+        for piece, switch in pieces(method).items():
+            model = throughput._method(method, "vit_tiny_patch16_224", (32, 32), torch.device("cpu"), None)
+            before = _ways(model)
+            with switch(model):
+                assert _ways(model) != before, (method, piece)
+
+
+def _ways(model):
+    chosen = {op: backends.choose(torch.device("cpu"), torch.float32) for op, backends in operations().items()}
+    own = [
+        getattr(module, name, None) for module in model.modules() for name in ("attention", "share_masked", "prunes")
+    ]
+    return chosen, own, model.cfg.exact_pruning, importlib.import_module("fastmim.ops.linear")._chosen
 
 
 def test_methods_without_a_model_get_one_that_fits():
