@@ -91,10 +91,9 @@ def test_every_piece_is_really_left_out(monkeypatch):
 
 
 def _ways(model):
-    chosen = {op: backends.choose(torch.device("cpu"), torch.float32) for op, backends in operations().items()}
-    own = [
-        getattr(module, name, None) for module in model.modules() for name in ("attention", "share_masked", "prunes")
-    ]
+    chosen = {op: backends.choose for op, backends in operations().items()}
+    names = ("attention", "share_masked", "prunes")
+    own = [getattr(module, name, None) for module in model.modules() for name in names]
     return chosen, own, model.cfg.exact_pruning, importlib.import_module("fastmim.ops.linear")._chosen
 
 
