@@ -83,22 +83,24 @@ void narrowed(float x, T* out) {
   from_float(x, out);
 }
 
-// Adds one masked cell's positions to sums [C].
+// Adds the masked cells of one row of cells to sums [C]; `slots` are the row's, `from` its first position.
 template <typename T, typename Sum>
-void add_cell(const Tiles& p, const T* from, Sum* sums) {
+void add_line(const Tiles& p, const int32_t* slots, const T* from, Sum* sums) {
   const int64_t channels = p.channels, side = p.side, over_c = p.stride[1], over_h = p.stride[2], over_w = p.stride[3];
   if (over_c == 1) {
-    for (int64_t y = 0; y < side; ++y)
-      for (int64_t x = 0; x < side; ++x) {
-        const T* row = from + y * over_h + x * over_w;
+    for (int64_t column = 0; column < p.columns; ++column)
+      for (int64_t i = 0; slots[column] < 0 && i < side * side; ++i) {
+        const T* row = from + i / side * over_h + (column * side + i % side) * over_w;
         for (int64_t c = 0; c < channels; ++c) sums[c] += widened(row[c]);
       }
     return;
   }
-  for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t c = 0; c < channels; ++c) {  // outermost, so that a channel's memory is walked through in its order
     Sum sum = 0;
     for (int64_t y = 0; y < side; ++y)
-      for (int64_t x = 0; x < side; ++x) sum += widened(from[c * over_c + y * over_h + x * over_w]);
+      for (int64_t column = 0; column < p.columns; ++column)
+        for (int64_t x = column * side; slots[column] < 0 && x < (column + 1) * side; ++x)
+          sum += widened(from[c * over_c + y * over_h + x * over_w]);
     sums[c] += sum;
   }
 }
@@ -112,10 +114,9 @@ void sum_masked(const Tiles& p) {
     Sum* sums = partial + part * p.channels;
     for (int64_t c = 0; c < p.channels; ++c) sums[c] = 0;
     for (int64_t line = part * lines / parts; line < (part + 1) * lines / parts; ++line)
-      for (int64_t column = 0; column < p.columns; ++column)
-        if (p.slots[line * p.columns + column] < 0)
-          add_cell(p, static_cast<const T*>(p.dense) + line / p.rows * p.stride[0] +
-                          line % p.rows * p.side * p.stride[2] + column * p.side * p.stride[3], sums);
+      add_line(p, p.slots + line * p.columns,
+               static_cast<const T*>(p.dense) + line / p.rows * p.stride[0] + line % p.rows * p.side * p.stride[2],
+               sums);
   }
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t c = 0; c < p.channels; ++c) partial[c] += partial[part * p.channels + c];
