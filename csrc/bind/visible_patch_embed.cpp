@@ -16,10 +16,6 @@
 
 namespace fastmim {
 
-// B, K, H/P, W/Q, P, Q, C
-using PatchShape = std::array<int64_t, 7>;
-// (address, element, (image, channel, row, column) strides)
-using ImagesArgument = std::tuple<std::uintptr_t, int, std::array<int64_t, 4>>;
 // (address, element)
 using RowsArgument = std::tuple<std::uintptr_t, int>;
 
@@ -33,26 +29,10 @@ static std::unique_ptr<float[]> two_rows_a_thread(int64_t width) {
 }
 
 static void check_ids(const int64_t* ids, int64_t count, int64_t patches) {
-  for (int64_t i = 0; ids != nullptr && i < count; ++i)
+  for (int64_t i = 0; i < count; ++i)
     if (ids[i] < 0 || ids[i] >= patches)
       throw std::invalid_argument("visible_patch_embed: ids_keep holds " + std::to_string(ids[i]) +
                                   ", but an image has patches 0 to " + std::to_string(patches - 1));
-}
-
-static void rows(const PatchShape& shape, const ImagesArgument& images, std::uintptr_t ids_keep,
-                 std::uintptr_t scale_shift, const RowsArgument& out) {
-  VisibleRows p{};
-  p.batch = shape[0], p.visible = shape[1], p.grid_rows = shape[2], p.grid_columns = shape[3];
-  p.patch_rows = shape[4], p.patch_columns = shape[5], p.channels = shape[6];
-  const auto& strides = std::get<2>(images);
-  p.images = pointer<const void>(std::get<0>(images)), p.element = std::get<1>(images);
-  p.image = strides[0], p.channel = strides[1], p.row = strides[2], p.column = strides[3];
-  p.ids_keep = pointer<const int64_t>(ids_keep), p.scale_shift = pointer<const float>(scale_shift);
-  p.rows = pointer<void>(std::get<0>(out)), p.rows_element = std::get<1>(out);
-  check_ids(p.ids_keep, p.batch * p.visible, p.grid_rows * p.grid_columns);
-  const auto scratch = two_rows_a_thread(p.channels * p.patch_rows * p.patch_columns);
-  p.scratch = scratch.get();
-  FASTMIM_DISPATCH(visible_rows, p);
 }
 
 // shape: B * K, E, N
@@ -89,8 +69,6 @@ static void sum(const std::array<int64_t, 3>& shape, const RowsArgument& gradien
 
 void bind_visible_patch_embed(pybind11::module_& m) {
   namespace py = pybind11;
-  m.def("visible_rows", &rows, py::arg("shape"), py::arg("images"), py::arg("ids_keep"), py::arg("scale_shift"),
-        py::arg("rows"), NoGil());
   m.def("add_positions", &add, py::arg("shape"), py::arg("tokens"), py::arg("positions"), py::arg("ids_keep"),
         py::arg("out"), NoGil());
   m.def("sum_by_position", &sum, py::arg("shape"), py::arg("gradient"), py::arg("ids_keep"),

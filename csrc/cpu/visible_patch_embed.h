@@ -6,23 +6,7 @@
 
 namespace fastmim {
 
-constexpr int kBytes = 3;  // beside enum Element of cpu/element.h: uint8 pixels
-
-// Legend: B batch, K visible patches, (P, Q) patch, C channels, N patches of an image, E width.
-// Pixels of visible patches, times scale plus shift of their channel, as rows in the order (c, p, q).
-struct VisibleRows {
-  int64_t batch, visible, grid_rows, grid_columns;  // B, K, H/P, W/Q
-  int64_t patch_rows, patch_columns, channels;      // P, Q, C
-  const void* images;
-  int element;                                        // enum Element or kBytes
-  int64_t image, channel, row, column;                // strides, in elements
-  const int64_t* ids_keep;                            // [B, K] in [0, N), or nullptr: all patches, K = N
-  const float* scale_shift;                           // [2, C], or nullptr: pixels as they are
-  void* rows;                                         // [B, K, C * P * Q]
-  int rows_element;
-  float* scratch;  // [threads, 2, C * P * Q rounded up to 16]
-};
-
+// Legend: B batch, K visible patches, N patches of an image, E width.
 // out[b, k] = tokens[b, k] + positions[ids_keep[b, k]]
 struct AddPositions {
   int64_t count, width, positions_count;  // B * K, E, N
@@ -43,6 +27,5 @@ struct AddPositions {
 
 }  // namespace fastmim
 
-FASTMIM_DECLARE(void visible_rows(const VisibleRows& p))
 FASTMIM_DECLARE(void add_positions(const AddPositions& p))
 FASTMIM_DECLARE(void sum_by_position(const AddPositions& p))

@@ -13,37 +13,19 @@ from torch.nn import functional as F
 
 from fastmim.ops.backends import Backends, check_divisible, compiled
 from fastmim.ops.linear import linear
+from fastmim.ops.masked_patch_loss import ELEMENTS
+from fastmim.ops.patch_rows import patch_rows, patch_rows_ref
 
 __all__ = ["visible_patch_embed", "visible_patch_embed_ref"]
 
 LAYOUTS = ("nchw", "nhwc")
 Statistic = Tensor | Sequence[float] | None
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/element.h numbers them
-PIXELS = ELEMENTS | {torch.uint8: 3}
 _backends = Backends(
     "visible_patch_embed",
-    cpu="visible_rows",
+    cpu="add_positions",
     triton="fastmim.kernels.visible_patch_embed",
     dtypes={"cpu": ELEMENTS, "triton": ELEMENTS},
 )
-
-
-def visible_rows_ref(
-    images: Tensor, ids_keep: Tensor | None, scale_shift: Tensor | None, p: int, q: int, dtype: torch.dtype
-) -> Tensor:
-    """Pixels of visible patches, times scale plus shift [2, C] of their channel, as rows [B, K, C * p * q]."""
-    gh, gw = images.shape[2] // p, images.shape[3] // q
-    patches = images.unflatten(3, (gw, q)).unflatten(2, (gh, p)).permute(0, 2, 4, 1, 3, 5)  # [B, gh, gw, C, p, q]
-    if ids_keep is None:
-        rows = patches.flatten(1, 2)
-    else:
-        image = torch.arange(images.shape[0], device=images.device).unsqueeze(1)
-        rows = patches[image, ids_keep // gw, ids_keep % gw]
-    if scale_shift is not None:
-        wide = torch.promote_types(dtype, torch.float32)
-        scale, shift = scale_shift.to(wide).view(2, -1, 1, 1)
-        rows = rows.to(wide) * scale + shift
-    return rows.to(dtype).flatten(2)
 
 
 def visible_patch_embed_ref(
@@ -60,7 +42,7 @@ def visible_patch_embed_ref(
     images = images if layout == "nchw" else images.permute(0, 3, 1, 2)
     scale_shift = _scale_shift(images, mean, std, weight.dtype)
     _, _, p, q = weight.shape
-    rows = visible_rows_ref(images, ids_keep, scale_shift, p, q, _rows_dtype(weight))
+    rows = patch_rows_ref(images, None, ids_keep, scale_shift, (p, q), _rows_dtype(weight))
     embedded = F.linear(rows, weight.flatten(1), bias)
     if positions is None:
         return embedded
@@ -68,12 +50,6 @@ def visible_patch_embed_ref(
     return embedded + (positions if ids_keep is None else positions[ids_keep])
 
 
-# Three small operators around torch's own matrix product: the rows that it reads, the positions added to what it
-# writes, and their gradient.
-torch.library.define(
-    "fastmim::visible_rows",
-    "(Tensor images, Tensor? ids_keep, Tensor? scale_shift, int p, int q, ScalarType dtype, str backend) -> Tensor",
-)
 torch.library.define(
     "fastmim::add_positions",
     "(Tensor tokens, Tensor positions, Tensor ids_keep, ScalarType dtype, str backend) -> Tensor",
@@ -81,21 +57,6 @@ torch.library.define(
 torch.library.define(
     "fastmim::sum_by_position", "(Tensor gradient, Tensor ids_keep, int positions, str backend) -> Tensor"
 )
-
-
-@torch.library.register_fake("fastmim::visible_rows")
-def _empty_rows(
-    images: Tensor,
-    ids_keep: Tensor | None,
-    scale_shift: Tensor | None,
-    p: int,
-    q: int,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    batch, channels, height, width = images.shape
-    visible = (height // p) * (width // q) if ids_keep is None else ids_keep.shape[1]
-    return images.new_empty((batch, visible, channels * p * q), dtype=dtype)
 
 
 @torch.library.register_fake("fastmim::add_positions")
@@ -106,34 +67,6 @@ def _empty_tokens(tokens: Tensor, positions: Tensor, ids_keep: Tensor, dtype: to
 @torch.library.register_fake("fastmim::sum_by_position")
 def _empty_positions(gradient: Tensor, ids_keep: Tensor, positions: int, backend: str) -> Tensor:
     return gradient.new_empty((positions, gradient.shape[2]), dtype=torch.float32)
-
-
-@torch.library.impl("fastmim::visible_rows", ("cpu", "cuda"))
-def _run_rows(
-    images: Tensor,
-    ids_keep: Tensor | None,
-    scale_shift: Tensor | None,
-    p: int,
-    q: int,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    rows = _empty_rows(images, ids_keep, scale_shift, p, q, dtype, backend)
-    ids_keep = None if ids_keep is None else ids_keep.contiguous()
-    scale_shift = None if scale_shift is None else scale_shift.contiguous()
-    if backend == "triton":
-        _backends.triton().visible_rows(images, ids_keep, scale_shift, (p, q), rows)
-    else:
-        batch, channels, height, width = images.shape
-        compiled().prefer_large_pages(rows.data_ptr(), rows.nbytes)
-        compiled().visible_rows(
-            (batch, rows.shape[1], height // p, width // q, p, q, channels),
-            (images.data_ptr(), PIXELS[images.dtype], images.stride()),
-            0 if ids_keep is None else ids_keep.data_ptr(),
-            0 if scale_shift is None else scale_shift.data_ptr(),
-            (rows.data_ptr(), ELEMENTS[dtype]),
-        )
-    return rows
 
 
 @torch.library.impl("fastmim::add_positions", ("cpu", "cuda"))
@@ -169,27 +102,6 @@ def _run_sum(gradient: Tensor, ids_keep: Tensor, positions: int, backend: str) -
     return out
 
 
-def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, ids_keep, scale_shift, ctx.p, ctx.q, _, _ = inputs
-    ctx.of, ctx.dtype = images.shape, images.dtype
-    ctx.save_for_backward(ids_keep, scale_shift)
-
-
-def _differentiate_rows(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Back to the pixels, which pre-training never asks for: plain PyTorch, in a fixed order."""
-    (ids_keep, scale_shift), (batch, channels, height, width) = ctx.saved_tensors, ctx.of
-    gh, gw = height // ctx.p, width // ctx.q
-    cells = gradient.unflatten(2, (channels, ctx.p, ctx.q))
-    if scale_shift is not None:
-        cells = cells.to(scale_shift.dtype) * scale_shift[0].view(-1, 1, 1)
-    if ids_keep is not None:
-        image = torch.arange(batch, device=gradient.device).unsqueeze(1)
-        of_all = cells.new_zeros((batch, gh * gw, channels, ctx.p, ctx.q))
-        cells = of_all.index_put((image, ids_keep), cells, accumulate=True)
-    pixels = cells.unflatten(1, (gh, gw)).permute(0, 3, 1, 4, 2, 5).reshape(ctx.of)
-    return pixels.to(ctx.dtype), *[None] * 6
-
-
 def _save_positions(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tokens, positions, ids_keep, _, ctx.backend = inputs
     ctx.dtype, ctx.count = tokens.dtype, positions.shape[0]
@@ -214,7 +126,6 @@ def _differentiate_sum(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return gradient[ids_keep].to(ctx.dtype), None, None, None
 
 
-torch.library.register_autograd("fastmim::visible_rows", _differentiate_rows, setup_context=_save_rows)
 torch.library.register_autograd("fastmim::add_positions", _differentiate_add, setup_context=_save_positions)
 torch.library.register_autograd("fastmim::sum_by_position", _differentiate_sum, setup_context=_save_sum)
 
@@ -265,7 +176,7 @@ def visible_patch_embed(
         return visible_patch_embed_ref(images, ids_keep, weight, bias, positions, mean, std, layout)
     images = images if layout == "nchw" else images.permute(0, 3, 1, 2)
     scale_shift = _scale_shift(images, mean, std, weight.dtype)
-    rows = torch.ops.fastmim.visible_rows(images, ids_keep, scale_shift, p, q, rows_dtype, chosen)
+    rows = patch_rows(images, None, ids_keep, scale_shift, (p, q), rows_dtype, backend=chosen)
     embedded = linear(rows, weight.flatten(1), bias)
     if positions is None:
         return embedded

@@ -178,10 +178,7 @@ def test_runs_and_threads_do_not_change_a_bit(backend):
             )
             # The matrix product is torch's: what it makes of other threads is its own affair.
             cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-            rows = torch.ops.fastmim.visible_rows(
-                images, ids_keep, None, *parameters[0].shape[2:], out.dtype, backend.plain
-            )
-            found.append((rows, *torch.autograd.grad(out, parameters[2], cotangent)))
+            found.append(torch.autograd.grad(out, parameters[2], cotangent))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -228,13 +225,7 @@ def test_compiles_without_graph_breaks(backend):
 @pytest.mark.parametrize("backend", QUICK)
 def test_opcheck(backend, layout):
     images, ids_keep, _, _, positions = make(2, 3, (2, 2), (4, 4), 2, 8, device=backend.device)
-    images, tokens, positions = (
-        layout(t).requires_grad_() for t in (images, torch.ones(2, 2, 8).to(images), positions)
-    )
-    scale_shift = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 2.0]], device=backend.device)
-    rows = (images, ids_keep, scale_shift, 4, 4, torch.float32, backend.plain)
-    torch.library.opcheck(torch.ops.fastmim.visible_rows.default, rows)
-    torch.library.opcheck(torch.ops.fastmim.visible_rows.default, (images.detach(), None, None, *rows[3:]))
+    tokens, positions = (layout(t).requires_grad_() for t in (torch.ones(2, 2, 8).to(images), positions))
     torch.library.opcheck(
         torch.ops.fastmim.add_positions.default, (tokens, positions, ids_keep, torch.float32, backend.plain)
     )
@@ -246,19 +237,19 @@ def test_a_second_derivative(backend):
     images, ids_keep, weight, bias, positions = make(2, 3, (2, 2), (4, 4), 2, 8, device=backend.device)
 
     def second(name):
-        inputs = [t.detach().requires_grad_() for t in (images, positions)]
-        out = visible_patch_embed(inputs[0], ids_keep, weight, bias, inputs[1], mean=MEAN, std=STD, backend=name)
-        first = torch.autograd.grad(out.pow(3).sum(), inputs, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        inputs = [t.detach().requires_grad_() for t in (weight, positions)]
+        out = visible_patch_embed(images, ids_keep, inputs[0], bias, inputs[1], mean=MEAN, std=STD, backend=name)
+        first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().mean() for g in first), inputs)
 
     for a, b in zip(second(backend), second("reference"), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
 
 
 def test_a_patch_that_does_not_exist_is_refused_by_the_kernel():
     images, ids_keep, weight, *_ = make(2, 3, (2, 2), (4, 4), 2, 8)
     ids_keep[1, 0] = 4
-    with pytest.raises(ValueError, match="ids_keep holds 4, but an image has patches 0 to 3"):
+    with pytest.raises(IndexError, match=r"patch_ids holds 4, outside of 0 .. 3"):
         visible_patch_embed(images, ids_keep, weight, None, backend="cpu")
 
 
