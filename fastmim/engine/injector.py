@@ -39,6 +39,11 @@ _faults = _parse(os.environ.get("FASTMIM_INJECT", ""))
 _seen: Counter[str] = Counter()
 
 
+def injecting() -> bool:
+    """Whether any fault was asked for."""
+    return bool(_faults)
+
+
 def inject(where: str, number: int | None = None) -> bool:
     """Let a fault happen here if one was asked for. True: the caller is to put NaN into what it holds."""
     if not _faults:

@@ -30,7 +30,8 @@ def create_lamb(groups: list[dict], *, betas: tuple[float, float], eps: float) -
         return Lamb(groups, betas=betas, eps=eps)
     logger.info("LAMB: NVIDIA's apex is found, its FusedLAMB is used.")
     for group in groups:
-        group["lr"] = float(group["lr"])  # a kernel argument there
+        group["lr"] = float(group["lr"])  # kernel arguments there
+        group.pop("decay", None)
     return apex_lamb(fused)(groups, lr=0.0, betas=betas, eps=eps)
 
 
@@ -64,8 +65,9 @@ class _KeepsSteps(torch.optim.Optimizer):
 class Lamb(_KeepsSteps):
     """LAMB as operations over lists of tensors.
 
-    Nothing in a step waits for the host: `lr` of a group may be a tensor, and where `found_inf` is 1 gradients count as
-    zero, averages decay by 1 and the step is multiplied by 0. The parameters of a group count their steps together, as
+    Nothing in a step waits for the host: `lr` of a group may be a tensor, its decay too (under "decay", which then
+    takes the place of "weight_decay"), and where `found_inf` is 1 gradients count as zero, averages decay by 1 and the
+    step is multiplied by 0. The parameters of a group count their steps together, as
     in FusedLAMB.
 
     Args:
@@ -117,7 +119,10 @@ class Lamb(_KeepsSteps):
         torch._foreach_add_(denominators, scalar(group["eps"] * correction1), alpha=1)
         updates = list(torch._foreach_div(averages, denominators))
         rate = scalar(alive * group["lr"])
-        if group["weight_decay"] != 0:
+        if "decay" in group:
+            torch._foreach_add_(updates, torch._foreach_mul(trained, group["decay"]), alpha=1)
+            torch._foreach_mul_(updates, list((_trust(trained, updates) * rate).unbind()))
+        elif group["weight_decay"] != 0:
             torch._foreach_add_(updates, trained, alpha=group["weight_decay"])
             torch._foreach_mul_(updates, list((_trust(trained, updates) * rate).unbind()))
         else:

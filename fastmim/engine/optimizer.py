@@ -1,6 +1,7 @@
 """AdamW and LAMB over correctly grouped parameters, with a learning rate that a captured step can change."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,21 +53,55 @@ def parameter_groups(
     return list(groups.values())
 
 
-def create_optimizer(method: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+class ScheduledAdamW(torch.optim.AdamW):
+    """AdamW whose weight decay is a tensor, so that it may change in a captured step.
+
+    torch's kernels take the decay as a number. Here the weights are multiplied by 1 - lr·decay beforehand, as
+    they do first thing, and nothing is multiplied where `found_inf` is 1. Groups hold "decay", a tensor.
+    """
+
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["decays"] and trained:
+                factor = 1.0 - group["lr"] * group["decay"]
+                if self.found_inf is not None:
+                    factor = torch.where(self.found_inf.reshape(()) != 0, torch.ones_like(factor), factor)
+                torch._foreach_mul_(trained, factor)
+        super().step()
+
+
+def create_optimizer(
+    method: nn.Module, optim: OptimConfig, *, rates_on_device: bool | None = None
+) -> torch.optim.Optimizer:
     """The optimiser of a `Method` that lies on its device: fused AdamW, or LAMB.
 
     Both leave everything untouched where their `found_inf` tensor is 1: the finite check needs no host. AdamW is fused
-    also because one kernel then reads and writes each tensor once. On a GPU the learning rate is a tensor, so that
-    changing it neither synchronises nor is baked into a captured step.
+    also because one kernel then reads and writes each tensor once. With `rates_on_device` (None: on a GPU) the learning
+    rate, and a weight decay with a schedule, are tensors: changing them neither synchronises nor is baked into a
+    captured step.
     """
     groups = parameter_groups(method, optim.weight_decay, method.no_weight_decay(), method.lr_scales())  # type: ignore[operator]
     device = groups[0]["params"][0].device
+    as_tensors = device.type == "cuda" if rates_on_device is None else rates_on_device
+    scheduled = as_tensors and optim.weight_decay_end is not None
     for group in groups:
-        group["lr"] = torch.zeros((), device=device) if device.type == "cuda" else 0.0
+        group["lr"] = torch.zeros((), device=device) if as_tensors else 0.0
+        if scheduled and group["decays"]:
+            group["decay"] = torch.full((), optim.weight_decay, device=device)
     if optim.name == "lamb":
         return create_lamb(groups, betas=optim.betas, eps=optim.eps)
-    lr: float | Tensor = groups[0]["lr"]
-    return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=True)
+    settings: dict[str, Any] = {"lr": groups[0]["lr"], "betas": optim.betas, "eps": optim.eps, "fused": True}
+    if scheduled:
+        for group in groups:
+            group["weight_decay"] = 0.0  # the tensor decays
+    kind = ScheduledAdamW if scheduled else torch.optim.AdamW
+    optimizer = kind(groups, **settings, capturable=device.type == "cuda")
+    optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[union-attr]  # eager steps are meant as well
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -81,7 +116,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
     """Set the decay of every group that decays."""
     for group in optimizer.param_groups:
-        if group["decays"]:
+        if "decay" in group:
+            group["decay"].fill_(weight_decay)
+        elif group["decays"]:
             group["weight_decay"] = weight_decay
 
 

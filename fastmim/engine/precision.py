@@ -36,9 +36,14 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     return "fp32", f"this CPU has none of {', '.join(_CPU_BF16)}"
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context of a forward pass. Losses and Fourier transforms cast to fp32 themselves."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+def autocast(precision: str, device: torch.device, *, cache: bool = True) -> AbstractContextManager:
+    """The context of a forward pass. Losses and Fourier transforms cast to fp32 themselves.
+
+    `cache`: keep a weight's bf16 copy for its second use. A captured step must not: its copies belong to the graph.
+    """
+    if precision != "bf16":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache)
 
 
 def _cpu_flags() -> frozenset[str]:

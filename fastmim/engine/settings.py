@@ -131,6 +131,11 @@ class EngineConfig:
     """Where to train; auto takes a GPU when there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 autocast or fp32; auto takes bf16 where the CPU or GPU computes it fast. Weights and losses stay fp32."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Capture whole training steps as CUDA graphs: fewer launches, which counts for small models and small batches per
+    GPU. auto does so where it is possible, and trains without where it is not, saying why; on makes that an error."""
+    compile: bool = False
+    """torch.compile the blocks of encoder and decoder (minutes at the start of a run, for faster steps)."""
     checkpoint_every: Period = "1ep"
     """Steps ("200") or epochs ("1ep") between checkpoints; 0 saves only at the end and on signals."""
     keep_checkpoints: int = 3

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fastmim.data import Loader, normalise
+from fastmim.engine.capture import WARMUP, CudaGraphs, GraphedStep, why_no_graph
 from fastmim.engine.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
+from fastmim.engine.compiling import compile_blocks
 from fastmim.engine.ema import Ema
 from fastmim.engine.errors import CheckpointError, DiskFullError, Interrupted
 from fastmim.engine.fit_result import FitResult, Interval
@@ -103,6 +105,7 @@ class Trainer:
             stop=engine.nonfinite == "stop",
             ema=ema,
         )
+        self.do_step = self._runner()
         self.log_every = in_steps(log.every, steps_per_epoch)
         self.pictures_every = in_steps(log.pictures_every, steps_per_epoch)
         self.checkpoint_every = in_steps(engine.checkpoint_every, steps_per_epoch)
@@ -135,6 +138,17 @@ class Trainer:
             total_steps,
             total_steps / steps_per_epoch,
         )
+
+    def _runner(self) -> TrainStep | GraphedStep:
+        """What does a step: eagerly, or as a graph."""
+        if self.engine.compile:
+            logger.info("torch.compile: %d blocks", compile_blocks(self.method))
+        reason = why_no_graph(self.engine.graph, self.device, self.optimizer)
+        if reason:
+            logger.info("Steps are not captured as graphs: %s.", reason)
+            return self.train_step
+        must = self.engine.graph == "on"
+        return GraphedStep(self.train_step, CudaGraphs(self.device), warmup=WARMUP, must=must)
 
     def fit(self) -> FitResult:
         """Train up to `total_steps`, from wherever the run stands."""
@@ -189,7 +203,7 @@ class Trainer:
         set_weight_decay(self.optimizer, self.schedule.weight_decay(step))
         done = step + 1
         draw = done == self.total_steps or bool(self.pictures_every and done % self.pictures_every == 0)
-        output = self.train_step(
+        output = self.do_step(
             self._normalised(raw.images), self._moved(raw.labels), self._moved(raw.indices), step, pictures=draw
         )
         self.result.step += 1

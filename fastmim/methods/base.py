@@ -91,8 +91,11 @@ class Method(nn.Module):
     def forward(self, batch: Batch) -> Output:
         raise NotImplementedError
 
-    def after_step(self, step: int) -> None:
-        """Called after optimiser step `step`, for averaged teachers and centres. Nothing by default."""
+    def after_step(self, step: Tensor) -> None:
+        """Called after each optimiser step, for averaged teachers and centres. Nothing by default.
+
+        `step` is the step's index, an int64 scalar on the device: the call is part of a captured step.
+        """
 
     def lr_scales(self) -> dict[str, float]:
         """Parameter name -> multiple of the learning rate; names that are absent have 1."""

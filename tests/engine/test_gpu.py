@@ -49,6 +49,7 @@ def test_a_step_never_waits_for_the_host(clip_mode, precision):
 def test_a_late_look_still_finds_weights_as_they_were(tmp_path, monkeypatch):
     gpu = {"device": "cuda", "precision": "fp32"}
     tiny_run(tmp_path / "whole", total=6, engine={**gpu, "checkpoint_every": 6}, optim={"schedule": "constant"})
+    monkeypatch.setattr(step_module, "injecting", lambda: True)
     monkeypatch.setattr(step_module, "inject", lambda place, n: place == "loss" and n == 7)
     torch.manual_seed(0)
     method = TinyMethod()
@@ -66,6 +67,16 @@ def test_a_late_look_still_finds_weights_as_they_were(tmp_path, monkeypatch):
     saved = read_checkpoint(tmp_path / "whole" / "checkpoints" / "step-00000006").tensors["method"]
     for name, parameter in method.named_parameters():  # three more steps were done; none of them counted
         torch.testing.assert_close(parameter.cpu(), saved[name], msg=name, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replayed_steps_train_like_eager_ones(tmp_path, precision):
+    for graph in ("off", "on"):
+        torch.manual_seed(0)
+        tiny_run(tmp_path / graph, total=20, engine={"device": "cuda", "precision": precision, "graph": graph})
+    losses = [[line["loss"] for line in read_metrics(tmp_path / graph)] for graph in ("off", "on")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(set(losses[1])) == 20
 
 
 def test_gpu_and_cpu_train_alike(tmp_path):

@@ -185,6 +185,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
 @pytest.mark.parametrize("where", ["loss", "grad"])
 @pytest.mark.parametrize("every", [1, 5])
 def test_non_finite_stops_names_the_images_and_keeps_the_checkpoint(tmp_path, monkeypatch, where, every):
+    monkeypatch.setattr(step_module, "injecting", lambda: True)
     monkeypatch.setattr(step_module, "inject", lambda place, n: place == where and n == 7)
     with pytest.raises(NonFiniteError, match="step 7") as caught:
         tiny_run(tmp_path, log={"every": every})
@@ -201,6 +202,7 @@ def test_non_finite_stops_names_the_images_and_keeps_the_checkpoint(tmp_path, mo
 
 
 def test_skipping_goes_on_until_the_cap(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_module, "injecting", lambda: True)
     monkeypatch.setattr(step_module, "inject", lambda place, n: place == "loss" and n in (3, 6, 9))
     result = tiny_run(tmp_path / "a", engine={"nonfinite": "skip", "max_skips": 3})
     assert result.skipped == 3

@@ -49,13 +49,13 @@ class TinyMethod(Method):
         super().__init__(TinyEncoder(channels, norm), None, (SIZE, SIZE))  # type: ignore[arg-type]
         self.head = nn.Linear(24, PATCH * PATCH * channels)
         self.seen: list[Tensor] = []  # rng of each forward pass
-        self.steps: list[int] = []
+        self.steps: list[Tensor] = []
 
     def lr_scales(self) -> dict[str, float]:
         return {"encoder.token": 0.1}
 
-    def after_step(self, step: int) -> None:
-        self.steps.append(step)
+    def after_step(self, step: Tensor) -> None:
+        self.steps.append(step.clone())
 
     def forward(self, batch: Batch) -> Output:
         self.check_images(batch.images)
