@@ -29,6 +29,7 @@ CASES = [
     (1, 0, 4, 13, 96, True, False, False),
     (2, 1, 0, 6, 33, False, True, True),  # nothing visible
     (1, 1, 1, 1, 1, False, True, False),
+    (35, 0, 1, 3, 16, False, True, True),  # more images than one part of a sum holds
 ]
 
 
