@@ -20,6 +20,7 @@ namespace {
 struct Room {
   std::unique_ptr<float[]> packed, partial, scratch;
   std::unique_ptr<int32_t[]> places;
+  std::unique_ptr<DepthwiseTap[]> lists;
 };
 
 MaskedDepthwise describe(const DepthwiseShape& shape, std::uintptr_t neighbours, int element, int weight_element,
@@ -38,7 +39,9 @@ MaskedDepthwise describe(const DepthwiseShape& shape, std::uintptr_t neighbours,
   if (multiplies) room.packed.reset(new float[rows]);
   room.scratch.reset(new float[threads * depthwise_scratch(p)]);
   room.places.reset(new int32_t[2 * p.side * p.kernel]);
-  p.places = room.places.get(), p.packed = room.packed.get(), p.partial = room.partial.get(), p.scratch = room.scratch.get();
+  if (p.side == 1) room.lists.reset(new DepthwiseTap[p.batch * p.count * 50]);
+  p.places = room.places.get(), p.lists = room.lists.get();
+  p.packed = room.packed.get(), p.partial = room.partial.get(), p.scratch = room.scratch.get();
   return p;
 }
 
@@ -56,7 +59,7 @@ void input_gradient(const DepthwiseShape& shape, std::uintptr_t neighbours, int 
   Room room;
   MaskedDepthwise p = describe(shape, neighbours, element, weight_element, true, false, room);
   p.out = pointer<void>(gradient), p.weight = pointer<const void>(weight), p.x_gradient = pointer<void>(x_gradient);
-  FASTMIM_DISPATCH(masked_depthwise_input_gradient, p);
+  FASTMIM_DISPATCH(masked_depthwise_gradients, p);
 }
 
 void weight_gradient(const DepthwiseShape& shape, std::uintptr_t neighbours, int element, int weight_element,
@@ -66,7 +69,7 @@ void weight_gradient(const DepthwiseShape& shape, std::uintptr_t neighbours, int
   MaskedDepthwise p = describe(shape, neighbours, element, weight_element, false, true, room);
   p.out = pointer<void>(gradient), p.x = pointer<const void>(x);
   p.weight_gradient = pointer<void>(weight_gradient), p.bias_gradient = pointer<void>(bias_gradient);
-  FASTMIM_DISPATCH(masked_depthwise_weight_gradient, p);
+  FASTMIM_DISPATCH(masked_depthwise_gradients, p);
 }
 
 void gradients(const DepthwiseShape& shape, std::uintptr_t neighbours, int element, int weight_element,
@@ -77,8 +80,7 @@ void gradients(const DepthwiseShape& shape, std::uintptr_t neighbours, int eleme
   p.out = pointer<void>(gradient), p.x = pointer<const void>(x), p.weight = pointer<const void>(weight);
   p.x_gradient = pointer<void>(x_gradient), p.weight_gradient = pointer<void>(weight_gradient);
   p.bias_gradient = pointer<void>(bias_gradient);
-  FASTMIM_DISPATCH(masked_depthwise_input_gradient, p);
-  FASTMIM_DISPATCH(masked_depthwise_weight_gradient, p);
+  FASTMIM_DISPATCH(masked_depthwise_gradients, p);
 }
 
 }  // namespace

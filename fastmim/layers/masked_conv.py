@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmim.ops import TileIndex, masked_conv2d
+from fastmim.ops import TileIndex, linear, masked_conv2d
 from fastmim.ops.masked_conv import DENSE_KERNELS, DEPTHWISE_KERNELS, multiplies_rows_faster
 
 __all__ = ["MaskedConv2d", "conv2d_on_tiles", "why_no_conv2d"]
@@ -125,4 +125,4 @@ def _patches(x: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> Tenso
         raise ValueError(f"MaskedConv2d: patches of {step} x {step} do not divide tiles of {side} x {side}")
     cells = x.reshape(batch, count, side // step, step, side // step, step, channels).transpose(3, 4)
     rows = cells.reshape(batch, count, side // step, side // step, step * step * channels)
-    return F.linear(rows, weight.permute(0, 2, 3, 1).flatten(1), bias)
+    return linear(rows, weight.permute(0, 2, 3, 1).flatten(1), bias)

@@ -17,7 +17,7 @@ from fastmim.layers.masked_conv import conv2d_on_tiles, why_no_conv2d
 from fastmim.layers.masked_norm import group_norm_on_tiles
 from fastmim.layers.masked_pool import MaskedAvgPool2d, MaskedMaxPool2d
 from fastmim.layers.traced import Map, Plain, Refused, TracedValue, values_in
-from fastmim.ops import masked_avg_pool2d, masked_max_pool2d
+from fastmim.ops import linear, masked_avg_pool2d, masked_max_pool2d
 
 __all__ = ["POINTWISE", "RULES", "pointwise"]
 
@@ -190,7 +190,7 @@ def _linear(tracer: Any, x: TracedValue, weight: Any, bias: Any = None) -> Trace
     kind = _map(x)
     if kind.channels_first:
         raise Refused("it acts on the width of a map [B, C, H, W]")
-    return tracer.emit("call_function", F.linear, (x, weight, bias), {}, kind.but(channels=_shape(weight)[0]))
+    return tracer.emit("call_function", linear, (x, weight, bias), {}, kind.but(channels=_shape(weight)[0]))
 
 
 def _layer_norm(

@@ -8,12 +8,13 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from fastmim.layers.linear import Linear
 from fastmim.layers.masked_batch_norm import MaskedBatchNorm2d
 from fastmim.layers.masked_conv import MaskedConv2d
 from fastmim.layers.masked_grn import grn_on_tiles
 from fastmim.layers.masked_norm import MaskedGroupNorm, MaskedLayerNorm2d
 from fastmim.layers.masked_pool import MaskedAdaptiveAvgPool2d, MaskedAvgPool2d, MaskedMaxPool2d
-from fastmim.ops import TileIndex
+from fastmim.ops import TileIndex, linear
 
 __all__ = ["LayerFunction", "TileLayer", "drop_path_factor", "drop_path_on_tiles", "tile_layer"]
 
@@ -43,7 +44,8 @@ def tile_layer(layer: nn.Module, grn_stats: str, others: Mapping[type, LayerFunc
         return TileLayer(drop_path_on_tiles)
     for base, known in _KNOWN.items():
         if isinstance(layer, base) and _computes_as(base, layer):
-            return known
+            hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
+            return TileLayer(None, "rows") if base is nn.Linear and hooked else known
     return None
 
 
@@ -57,6 +59,10 @@ def _computes_as(base: type[nn.Module], layer: nn.Module) -> bool:
 def _run(masked: Any) -> LayerFunction:
     """The forward of a masked layer needs only the attributes of its dense base, so it can run that one too."""
     return masked.forward
+
+
+def _linear(layer: Any, x: Tensor, tiles: TileIndex) -> Tensor:
+    return linear(x, layer.weight, layer.bias)
 
 
 def _grn_of_image(layer: Any, x: Tensor, tiles: TileIndex) -> Tensor:
@@ -109,7 +115,8 @@ _KNOWN: dict[type[nn.Module], TileLayer] = {
     nn.AdaptiveMaxPool2d: TileLayer(_global_max_pool, "map", MaskedAdaptiveAvgPool2d.why_not, pools=True),
     nn.LayerNorm: TileLayer(None, "rows", _over_channels),
     nn.RMSNorm: TileLayer(None, "rows", _over_channels),
-    nn.Linear: TileLayer(None, "rows"),
+    nn.Linear: TileLayer(_linear, "rows"),
+    Linear: TileLayer(None, "rows"),
     **dict.fromkeys(
         (
             nn.CELU,
