@@ -28,7 +28,8 @@ def plain(
     patches = torch.cat((visible[:, PREFIX:], mask_token.to(visible.dtype).repeat(batch, missing, 1)), dim=1)
     patches = torch.gather(patches, 1, ids_restore.unsqueeze(-1).repeat(1, 1, width))
     x = torch.cat((visible[:, :PREFIX], patches), dim=1) + positions
-    return (x, F.layer_norm(x, (width,), weight.to(x.dtype), bias.to(x.dtype), 1e-6)) if norm else x
+    # In fp32, as autocast has it.
+    return (x, F.layer_norm(x.float(), (width,), weight, bias, 1e-6).to(x.dtype)) if norm else x
 
 
 def fused(
