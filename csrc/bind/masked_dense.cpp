@@ -39,10 +39,15 @@ MaskedDense describe(const DenseShape& shape, std::uintptr_t neighbours, int ele
   const bool sums = direction == Direction::weight_gradient, narrow = element != 0;
   const int64_t taps = p.kernel * p.kernel, rows = p.batch * p.count * p.side * p.side;
   const int64_t out_rows = rows / (p.stride * p.stride), padded = dense_padded(p.out_channels);
-  if (direction == Direction::forward) room.packed.reset(new float[taps * p.in_channels * padded]);
-  if (direction == Direction::input_gradient)
+  if (current_isa() != Isa::portable) {  // whose blocks of columns are too narrow
+    p.streamed = direction != Direction::weight_gradient &&
+                 dense_streams(p, direction == Direction::forward ? out_rows : rows);
+    p.whole = sums && dense_owns_weights(p);
+  }
+  if (direction == Direction::forward && !p.streamed) room.packed.reset(new float[taps * p.in_channels * padded]);
+  if (direction == Direction::input_gradient && !p.streamed)
     room.packed.reset(new float[taps * p.out_channels * dense_padded(p.in_channels)]);
-  if (sums) room.partial.reset(new float[dense_parts(p) * (taps * p.in_channels + 1) * padded]);
+  if (sums && !p.whole) room.partial.reset(new float[dense_parts(p) * (taps * p.in_channels + 1) * padded]);
   if (narrow && direction != Direction::input_gradient) room.wide_x.reset(new float[rows * p.in_channels]);
   if ((narrow && direction == Direction::input_gradient) || (sums && (narrow || padded != p.out_channels)))
     room.wide_out.reset(new float[out_rows * padded]);

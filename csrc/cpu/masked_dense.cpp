@@ -8,8 +8,8 @@
 #endif
 
 #include "cpu/element.h"
+#include "cpu/masked_dense_weights.h"
 #include "cpu/tile_places.h"
-#include "cpu/transpose.h"
 #include "cpu/vec.h"
 
 namespace fastmim {
@@ -17,11 +17,7 @@ namespace FASTMIM_ISA {
 
 namespace {
 
-constexpr int kRows = 6;                           // of the register tile
-constexpr int kColumns = kRegisters > 16 ? 4 : 2;  // registers across it: 24 (12) sums, a row of weights, one value
-constexpr int64_t kBlock = kColumns * kWidth;      // columns that one task handles
-constexpr int64_t kDepth = 128;                    // of a product before its sums go back to memory
-constexpr int64_t kTogether = 64;                  // pairs of rows in a sum of the weight gradient, likewise
+constexpr int64_t kTogether = 64;  // pairs of rows in a sum of the weight gradient before it is added to memory
 
 struct Pair {
   int64_t from, to;  // row of the source tensor; row within the block of results
@@ -35,7 +31,13 @@ int64_t thread_index() {
 #endif
 }
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t most_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
 
 // Rows of channels in fp32.
 struct Rows {
@@ -212,94 +214,6 @@ int64_t pair_rows(int64_t rows, int64_t first, Pair* to) {
   return rows;
 }
 
-// `count` elements, zeros after them. Where sixteen may be read, they are: a copy of fixed length.
-template <typename T>
-FASTMIM_INLINE void read_sixteen(const T* from, int64_t count, int64_t readable, float* to) {
-  if (readable >= 16) {
-    for (int i = 0; i < 16; ++i) to[i] = to_float(from[i]);
-  } else {
-    for (int64_t i = 0; i < 16; ++i) to[i] = i < count ? to_float(from[i]) : 0.0f;
-  }
-}
-
-// The weights [O, C * k * k] as blocks of columns [k * k, C, width], columns being outputs: sixteen of them, from
-// `output` on, and elements [from, to) of their rows. Outputs beyond the last are zero.
-template <typename T>
-void pack_outputs(const MaskedDense& p, const T* weight, int64_t output, int64_t from, int64_t to) {
-  const int64_t taps = p.kernel * p.kernel, inner = p.in_channels * taps, padded = dense_padded(p.out_channels);
-  const int64_t column = output / kBlock * kBlock, width = least(kBlock, padded - column);
-  float* block = p.packed + inner * column + output % kBlock;
-  for (int64_t first = from; first < to; first += 16) {
-    const int64_t count = least(16, to - first);
-    Square square;
-    for (int64_t i = 0; i < 16; ++i) {
-      const int64_t valid = output + i < p.out_channels ? count : 0;
-      read_sixteen(weight + (output + i) * inner + first, valid, valid < 16 ? 0 : 16, square.row[i]);
-    }
-    transpose(square);
-    int64_t channel = first / taps, tap = first % taps;
-    for (int64_t j = 0; j < count; ++j) {
-      float* row = block + (tap * p.in_channels + channel) * width;
-      // A block may be narrower than sixteen: its columns then go to the blocks that follow.
-      for (int64_t c = 0; c < 16; c += kBlock < 16 ? kBlock : 16)
-        memcpy(row + c * inner, square.row[j] + c, sizeof(float) * (kBlock < 16 ? kBlock : 16));
-      if (++tap == taps) tap = 0, ++channel;
-    }
-  }
-}
-
-// The same for the way back, [k * k, O, width], columns being inputs: sixteen of them, from `input` on, of output `o`.
-template <typename T>
-void pack_inputs(const MaskedDense& p, const T* weight, int64_t input, int64_t o) {
-  const int64_t taps = p.kernel * p.kernel, inner = p.in_channels * taps, padded = dense_padded(p.in_channels);
-  const int64_t column = input / kBlock * kBlock, width = least(kBlock, padded - column);
-  const int64_t depth = p.out_channels * taps, end = p.out_channels * inner;
-  float* block = p.packed + depth * column + input % kBlock;
-  for (int64_t first = 0; first < taps; first += 16) {
-    const int64_t count = least(16, taps - first);
-    Square square;
-    for (int64_t i = 0; i < 16; ++i) {
-      const int64_t at = o * inner + (input + i) * taps + first;
-      if (input + i < p.in_channels)
-        read_sixteen(weight + at, count, end - at, square.row[i]);
-      else
-        memset(square.row[i], 0, sizeof(square.row[i]));
-    }
-    transpose(square);
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t c = 0; c < 16; c += kBlock < 16 ? kBlock : 16)
-        memcpy(block + ((first + j) * p.out_channels + o) * width + c * depth, square.row[j] + c,
-               sizeof(float) * (kBlock < 16 ? kBlock : 16));
-  }
-}
-
-template <typename T>
-void pack_all(const MaskedDense& p, const T* weight, bool transposed) {
-  const int64_t inner = p.in_channels * p.kernel * p.kernel;
-  if (transposed) {
-    const int64_t blocks = dense_padded(p.in_channels) / 16;
-#pragma omp for schedule(static)
-    for (int64_t o = 0; o < p.out_channels; ++o)
-      for (int64_t block = 0; block < blocks; ++block) pack_inputs(p, weight, block * 16, o);
-  } else {
-    const int64_t pieces = (inner + 255) / 256;
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < dense_padded(p.out_channels) / 16 * pieces; ++task) {
-      const int64_t from = task % pieces * 256;
-      pack_outputs(p, weight, task / pieces * 16, from, least(from + 256, inner));
-    }
-  }
-}
-
-// Called by all threads of a team.
-void pack(const MaskedDense& p, bool transposed) {
-  switch (static_cast<Element>(p.weight_element)) {
-    case Element::f32: pack_all(p, static_cast<const float*>(p.weight), transposed); break;
-    case Element::bf16: pack_all(p, static_cast<const Bf16*>(p.weight), transposed); break;
-    case Element::f16: pack_all(p, static_cast<const F16*>(p.weight), transposed); break;
-  }
-}
-
 float value_at(int element, const void* data, int64_t i) {
   switch (static_cast<Element>(element)) {
     case Element::bf16: return to_float(static_cast<const Bf16*>(data)[i]);
@@ -332,6 +246,25 @@ void write_rows(int element, const float* from, int64_t rows, int64_t pitch, int
   }
 }
 
+// Rows of tiles [first, last) in one block of columns, with weights that are brought into order piece by piece, in the
+// thread's own cache.
+void stream(const MaskedDense& p, bool transposed, const Join& join, const Rows& source, int64_t depth, int64_t first,
+            int64_t last, int64_t column, int64_t width, char* room, float* result) {
+  const int64_t taps = p.kernel * p.kernel;
+  Pair* pairs = reinterpret_cast<Pair*>(room);
+  float* weights = result + kStreamedRows * kPanelWidth;
+  int64_t counts[kMostOrdered];
+  for (int64_t tap = 0; tap < taps; ++tap)
+    counts[tap] = join.pairs(first, last, tap / p.kernel, tap % p.kernel, pairs + tap * kStreamedRows);
+  for (int64_t d = 0; d < depth; d += kPanelDepth) {
+    const Panel panel = {weights, d, least(kPanelDepth, depth - d), width, 0};
+    pack_panel(p, transposed, column, panel);
+    for (int64_t tap = 0; tap < taps; ++tap)
+      product(pairs + tap * kStreamedRows, counts[tap], {source.data + d, source.pitch}, panel.depth,
+              weights + tap * panel.depth * width, width, result, width);
+  }
+}
+
 // Forward: x to out. Transposed: the gradient of out to that of x.
 template <bool Transposed>
 void convolve(const MaskedDense& p, const void* from, void* to) {
@@ -339,18 +272,21 @@ void convolve(const MaskedDense& p, const void* from, void* to) {
   const Join join = {p, Transposed ? p.side : narrowed, Transposed ? narrowed : p.side};
   const int64_t columns = Transposed ? p.in_channels : p.out_channels;
   const int64_t depth = Transposed ? p.out_channels : p.in_channels;
-  const int64_t padded = dense_padded(columns), per_task = dense_tiles(join.side);
-  const int64_t row_tasks = (tiles + per_task - 1) / per_task, column_tasks = (padded + kBlock - 1) / kBlock;
+  const int64_t padded = dense_padded(columns), column_tasks = (padded + kBlock - 1) / kBlock;
+  const int64_t shares = (most_threads() + column_tasks - 1) / column_tasks;  // each row's sum is the same in all
+  const int64_t per_task = p.streamed ? (tiles + shares - 1) / shares : dense_tiles(join.side);
+  const int64_t row_tasks = per_task > 0 ? (tiles + per_task - 1) / per_task : 0;
   const bool patches = !Transposed && dense_in_patches(p);
   find_places(p.kernel, p.stride, Transposed, join.side, join.source_side, p.places);
 #pragma omp parallel
   {
-    pack(p, Transposed);
+    if (!p.streamed) pack(p, Transposed);
     const Rows source = read_rows(p.element, from, tiles * join.source_side * join.source_side, depth, depth,
                                   Transposed ? p.wide_out : p.wide_x);
     char* room = p.scratch + thread_index() * dense_scratch(p);
     Pair* pairs = reinterpret_cast<Pair*>(room);
-    float* result = reinterpret_cast<float*>(pairs + dense_max(kDenseRows, p.side * p.side));
+    const int64_t most = p.streamed ? taps * kStreamedRows : dense_max(kDenseRows, p.side * p.side);
+    float* result = reinterpret_cast<float*>(pairs + most);
     float* copies = result + dense_max(kDenseRows, p.side * p.side) * 64;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < row_tasks * column_tasks; ++task) {
@@ -360,7 +296,9 @@ void convolve(const MaskedDense& p, const void* from, void* to) {
       const int64_t valid = column < columns ? least(width, columns - column) : 0;  // a block may be padding only
       memset(result, 0, static_cast<size_t>(rows * width) * sizeof(float));
       const float* weight = p.packed + taps * depth * column;
-      if (patches) {
+      if (p.streamed) {
+        stream(p, Transposed, join, source, depth, first, last, column, width, room, result);
+      } else if (patches) {
         copy_patches(join, first, last, source, pairs, copies);
         product(pairs, pair_rows(rows, 0, pairs), {copies, taps * depth}, taps * depth, weight, width, result, width);
       } else {
@@ -375,50 +313,56 @@ void convolve(const MaskedDense& p, const void* from, void* to) {
   }
 }
 
-// Sums the parts for sixteen outputs and elements [from, to) of their weights, and puts them where weights lie.
+// The weight gradient where every block of 64 x 64 channels, with all its taps, is summed by one thread in its cache.
 template <typename T>
-void sum_parts(const MaskedDense& p, int64_t parts, int64_t output, int64_t from, int64_t to, T* weight) {
-  const int64_t taps = p.kernel * p.kernel, padded = dense_padded(p.out_channels), inner = taps * p.in_channels;
-  for (int64_t first = from; first < to; first += 16) {
-    const int64_t count = least(16, to - first);
-    Square square;
-    int64_t channel = first / taps, tap = first % taps;
-    for (int64_t j = 0; j < count; ++j) {
-      const float* part = p.partial + (tap * p.in_channels + channel) * padded + output;
-      float* sums = square.row[j];
-      memcpy(sums, part, sizeof(square.row[j]));
-      for (int64_t i = 1; i < parts; ++i) {
-        part += (inner + 1) * padded;
-        for (int c = 0; c < 16; ++c) sums[c] += part[c];
+void sum_whole(const MaskedDense& p, const Join& join, const Rows& x, const Rows& gradient, T* weight, T* bias) {
+  const int64_t tiles = p.batch * p.count, taps = p.kernel * p.kernel, padded = dense_padded(p.out_channels);
+  const int64_t per_block = dense_tiles(join.side), column_tasks = (padded + kBlock - 1) / kBlock;
+  const int64_t channel_tasks = (p.in_channels + 63) / 64;
+  char* room = p.scratch + thread_index() * dense_scratch(p);
+  Pair* pairs = reinterpret_cast<Pair*>(room);
+  float* sums = reinterpret_cast<float*>(pairs + dense_max(kDenseRows, p.side * p.side));
+  float* bias_sums = sums + taps * 64 * kPanelWidth;
+#pragma omp for schedule(dynamic)
+  for (int64_t task = 0; task < column_tasks * channel_tasks; ++task) {
+    const int64_t channel = task % channel_tasks * 64, channels = least(64, p.in_channels - channel);
+    const int64_t column = task / channel_tasks * kBlock, width = least(kBlock, padded - column);
+    const bool with_bias = bias != nullptr && channel == 0;
+    memset(sums, 0, static_cast<size_t>(taps * channels * width) * sizeof(float));
+    memset(bias_sums, 0, static_cast<size_t>(width) * sizeof(float));
+    for (int64_t first = 0; first < tiles; first += per_block) {
+      const int64_t last = least(first + per_block, tiles);
+      const Rows here = {gradient.data + first * join.rows() * padded, padded};
+      if (with_bias) sum_rows(here, (last - first) * join.rows(), column, width, bias_sums);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t count = join.pairs(first, last, tap / p.kernel, tap % p.kernel, pairs);
+        float* of_tap = sums + tap * channels * width;
+        in_even_pieces(channels, [&](int64_t begin, int64_t size) FASTMIM_INLINE_LAMBDA {
+          with_tile(size, width / kWidth, [&](auto m, auto n) FASTMIM_INLINE_LAMBDA {
+            for (int64_t i = 0; i < count; i += kTogether)
+              multiply_transposed<decltype(m)::value, decltype(n)::value>(pairs + i, least(kTogether, count - i), x,
+                                                                          channel + begin, here, column,
+                                                                          of_tap + begin * width, width);
+          });
+        });
       }
-      if (++tap == taps) tap = 0, ++channel;
     }
-    transpose(square);
-    for (int64_t c = 0; c < least(16, p.out_channels - output); ++c) {
-      T* row = weight + (output + c) * inner + first;
-      if (count == 16)
-        for (int j = 0; j < 16; ++j) from_float(square.row[c][j], row + j);
-      else
-        for (int64_t j = 0; j < count; ++j) from_float(square.row[c][j], row + j);
-    }
+    put_weights(p, sums, channel, channels, column, width, weight);
+    if (with_bias) put_bias(bias_sums, least(width, p.out_channels - column), bias + column);
   }
 }
 
-template <typename T>
-void sum_all_parts(const MaskedDense& p, int64_t parts, T* weight, T* bias) {
-  const int64_t inner = p.in_channels * p.kernel * p.kernel, pieces = (inner + 255) / 256;
-  const int64_t padded = dense_padded(p.out_channels);
-#pragma omp for schedule(static)
-  for (int64_t task = 0; task < padded / 16 * pieces; ++task) {
-    const int64_t from = task % pieces * 256;
-    sum_parts(p, parts, task / pieces * 16, from, least(from + 256, inner), weight);
-  }
-  if (bias == nullptr) return;
-#pragma omp for schedule(static)
-  for (int64_t o = 0; o < p.out_channels; ++o) {
-    float sum = 0.0f;
-    for (int64_t part = 0; part < parts; ++part) sum += p.partial[(part * (inner + 1) + inner) * padded + o];
-    from_float(sum, bias + o);
+void sum_whole(const MaskedDense& p, const Join& join, const Rows& x, const Rows& gradient) {
+  switch (static_cast<Element>(p.weight_element)) {
+    case Element::f32:
+      return sum_whole(p, join, x, gradient, static_cast<float*>(p.weight_gradient),
+                       static_cast<float*>(p.bias_gradient));
+    case Element::bf16:
+      return sum_whole(p, join, x, gradient, static_cast<Bf16*>(p.weight_gradient),
+                       static_cast<Bf16*>(p.bias_gradient));
+    case Element::f16:
+      return sum_whole(p, join, x, gradient, static_cast<F16*>(p.weight_gradient),
+                       static_cast<F16*>(p.bias_gradient));
   }
 }
 
@@ -440,11 +384,13 @@ void masked_dense_weight_gradient(const MaskedDense& p) {
   {
     const Rows x = read_rows(p.element, p.x, tiles * p.side * p.side, p.in_channels, p.in_channels, p.wide_x);
     const Rows gradient = read_rows(p.element, p.out, tiles * join.rows(), p.out_channels, padded, p.wide_out);
+    const int64_t tasks = p.whole ? 0 : parts * tap_tasks * column_tasks;
+    if (p.whole) sum_whole(p, join, x, gradient);
     char* room = p.scratch + thread_index() * dense_scratch(p);
     Pair* pairs = reinterpret_cast<Pair*>(room);
     float* copies = reinterpret_cast<float*>(pairs + dense_max(kDenseRows, p.side * p.side));
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < parts * tap_tasks * column_tasks; ++task) {
+    for (int64_t task = 0; task < tasks; ++task) {
       const int64_t part = task / (tap_tasks * column_tasks), tap = task / column_tasks % tap_tasks;
       const int64_t column = task % column_tasks * kBlock, width = least(kBlock, padded - column);
       float* sums = p.partial + part * (taps * p.in_channels + 1) * padded + column;
@@ -475,7 +421,7 @@ void masked_dense_weight_gradient(const MaskedDense& p) {
         });
       }
     }
-    switch (static_cast<Element>(p.weight_element)) {
+    if (!p.whole) switch (static_cast<Element>(p.weight_element)) {
       case Element::f32:
         sum_all_parts(p, parts, static_cast<float*>(p.weight_gradient), static_cast<float*>(p.bias_gradient));
         break;

@@ -35,14 +35,21 @@ FASTMIM_INLINE void swap_blocks(__m512 (&rows)[16]) {
   });
 }
 
-FASTMIM_INLINE void transpose(Square& square) {
+// The sixteen rows that from(i) points to, as columns in the sixteen places that to(j) points to; j counts up.
+template <typename From, typename To>
+FASTMIM_INLINE void transpose_rows(const From& from, const To& to) {
   __m512 rows[16];
-  unroll<16>([&](auto i) FASTMIM_INLINE_LAMBDA { rows[i] = _mm512_loadu_ps(square.row[i]); });
+  unroll<16>([&](auto i) FASTMIM_INLINE_LAMBDA { rows[i] = _mm512_loadu_ps(from(static_cast<int>(i))); });
   swap_blocks<8>(rows);
   swap_blocks<4>(rows);
   swap_blocks<2>(rows);
   swap_blocks<1>(rows);
-  unroll<16>([&](auto i) FASTMIM_INLINE_LAMBDA { _mm512_storeu_ps(square.row[i], rows[i]); });
+  unroll<16>([&](auto i) FASTMIM_INLINE_LAMBDA { _mm512_storeu_ps(to(static_cast<int>(i)), rows[i]); });
+}
+
+FASTMIM_INLINE void transpose(Square& square) {
+  const auto row = [&](int i) FASTMIM_INLINE_LAMBDA { return square.row[i]; };
+  transpose_rows(row, row);
 }
 #else
 FASTMIM_INLINE void transpose(Square& square) {
@@ -52,6 +59,14 @@ FASTMIM_INLINE void transpose(Square& square) {
       square.row[i][j] = square.row[j][i];
       square.row[j][i] = kept;
     }
+}
+
+template <typename From, typename To>
+FASTMIM_INLINE void transpose_rows(const From& from, const To& to) {
+  Square square;
+  for (int i = 0; i < 16; ++i) memcpy(square.row[i], from(i), sizeof(square.row[i]));
+  transpose(square);
+  for (int j = 0; j < 16; ++j) memcpy(to(j), square.row[j], sizeof(square.row[j]));
 }
 #endif
 

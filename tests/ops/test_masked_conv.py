@@ -37,6 +37,8 @@ DENSE = [
     (1, WIDE, 7, 16, 3, 24, 7, 2),  # ResNet's stem
     (2, WIDE, 7, 8, 20, 33, 3, 2),
     (2, SQUARE, 20, 2, 33, 65, 1, 2),
+    (2, SQUARE, 20, 1, 200, 250, 3, 1),  # many channels on few rows: weights are ordered and summed piece by piece
+    (2, WIDE, 7, 2, 250, 210, 1, 2),
     (2, WIDE, 7, 3, 1, 6, 1, 1),
     (1, WIDE, 7, 3, 5, 6, 5, 1),
     (0, WIDE, 7, 4, 16, 8, 3, 1),
