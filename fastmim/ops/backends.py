@@ -100,6 +100,16 @@ def compiled() -> Any:
     return extension
 
 
+def is_observed(x: Tensor) -> bool:
+    """Is anybody watching for operators: a compiler, a dispatch mode, a functional transform, a kind of tensor?"""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def operations() -> dict[str, Backends]:
     """Every operation that has been imported, by name."""
     return dict(sorted(_REGISTRY.items()))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmim.ops.backends import Backends, compiled
+from fastmim.ops.backends import Backends, compiled, is_observed
 from fastmim.ops.tile_index import TileIndex
 from fastmim.ops.tiles import check_tiles, gather_tiles_ref, scatter_tiles_ref
 
@@ -293,19 +293,9 @@ class _Family:
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, stride: int, backend: str
     ) -> Tensor:
-        if _is_observed(x):
+        if is_observed(x):
             return self.operator(x, weight, bias, neighbours, stride, backend)
         return _Direct.apply(x, weight, bias, neighbours, stride, backend, self)  # type: ignore[no-any-return]
-
-
-def _is_observed(x: Tensor) -> bool:
-    """Does anybody want to see operators: a compiler, a dispatch mode, a functional transform, a kind of tensor?"""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-    )
 
 
 class _Direct(torch.autograd.Function):

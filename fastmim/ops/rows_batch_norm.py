@@ -3,13 +3,15 @@
 Legend: B images, M rows of all of them, C channels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastmim.ops.backends import Backends
+from fastmim.ops.backends import Backends, is_observed
 from fastmim.ops.rows_norm_steps import ELEMENTS, RowsNorm, gradient_sums, input_gradient, moments, normalise
 
 __all__ = ["choose_backend", "rows_batch_norm", "rows_batch_norm_ref", "update_running"]
@@ -88,9 +90,8 @@ def rows_batch_norm(
             residual=residual, factor=factor, relu=relu,
         )  # fmt: skip
     fixed = (None, None) if training else (running_mean, running_var)
-    out, mean, variance = torch.ops.fastmim.rows_batch_norm(
-        x, residual, weight, bias, factor, *fixed, eps, relu, chosen
-    )
+    run = torch.ops.fastmim.rows_batch_norm if is_observed(x) else _Direct.apply
+    out, mean, variance = run(x, residual, weight, bias, factor, *fixed, eps, relu, chosen)
     if training and running_mean is not None:
         count = x.numel() // x.shape[-1]
         update_running(running_mean, running_var, mean, variance * (count / (count - 1)), momentum)
@@ -163,7 +164,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastmim::rows_batch_norm", ("cpu", "cuda"))
 def _forward(
     x: Tensor,
     residual: Tensor | None,
@@ -185,7 +185,6 @@ def _forward(
     return normalise(x, residual, norm, mean, variance), mean, variance
 
 
-@torch.library.impl("fastmim::rows_batch_norm_backward", ("cpu", "cuda"))
 def _backward(
     gradient: Tensor,
     x: Tensor,
@@ -206,6 +205,10 @@ def _backward(
     means = None if fixed else sums * (x.shape[-1] / x.numel())
     x_gradient = input_gradient(gradient, x, masked, norm, mean, variance, means)
     return x_gradient, x.new_empty((0,)) if masked is None else masked, sums
+
+
+torch.library.impl("fastmim::rows_batch_norm", ("cpu", "cuda"))(_forward)
+torch.library.impl("fastmim::rows_batch_norm_backward", ("cpu", "cuda"))(_backward)
 
 
 @torch.library.register_fake("fastmim::rows_batch_norm")
@@ -229,8 +232,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, gradient, torch.ops.fastmim.rows_batch_norm_backward)
+
+
+def _gradients(ctx: Any, gradient: Tensor, backward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
+    """Of every argument of the operator."""
     x, out, weight, bias, factor, mean, variance = ctx.saved_tensors
-    x_gradient, masked, sums = torch.ops.fastmim.rows_batch_norm_backward(
+    x_gradient, masked, sums = backward(
         gradient, x, out, weight, bias, factor, mean, variance, ctx.eps, ctx.relu, ctx.fixed, ctx.backend
     )
     residual = None if not ctx.has_residual else gradient if out is None else masked
@@ -241,3 +249,18 @@ def _differentiate(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tenso
 
 
 torch.library.register_autograd("fastmim::rows_batch_norm", _differentiate, setup_context=_save)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator and its gradient without the dispatcher, whose rounds take as long as the kernels of small maps."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, gradient, _backward)
