@@ -16,8 +16,8 @@
 
 namespace fastmim {
 
-// B, P, K, N, E
-using DecoderShape = std::array<int64_t, 5>;
+// B, P, K, N, E, G
+using DecoderShape = std::array<int64_t, 6>;
 // (address, element)
 using RowsArgument = std::tuple<std::uintptr_t, int>;
 // (address, element, (batch, token) strides)
@@ -37,7 +37,7 @@ static int64_t threads() {
 static DecoderInput describe(const DecoderShape& shape, std::uintptr_t ids_restore, const VisibleArgument& visible,
                              const ParametersArgument& parameters) {
   DecoderInput p{};
-  p.batch = shape[0], p.prefix = shape[1], p.kept = shape[2], p.patches = shape[3], p.width = shape[4];
+  p.batch = shape[0], p.prefix = shape[1], p.kept = shape[2], p.patches = shape[3], p.width = shape[4], p.group = shape[5];
   p.ids_restore = pointer<const int64_t>(ids_restore);
   p.visible = pointer<const void>(std::get<0>(visible)), p.visible_element = std::get<1>(visible);
   p.visible_batch = std::get<2>(visible)[0], p.visible_token = std::get<2>(visible)[1];
@@ -49,17 +49,17 @@ static DecoderInput describe(const DecoderShape& shape, std::uintptr_t ids_resto
   return p;
 }
 
-// Two places that show the same token would both write its gradient.
+// Two places of a group's images that show the same token would both write its gradient.
 static void check_distinct(const DecoderInput& p) {
   std::vector<int64_t> last(static_cast<size_t>(p.kept), -1);
   for (int64_t b = 0; b < p.batch; ++b)
     for (int64_t l = 0; l < p.patches; ++l) {
       const int64_t id = p.ids_restore[b * p.patches + l];
       if (id < 0 || id >= p.kept) continue;
-      if (last[static_cast<size_t>(id)] == b)
+      if (last[static_cast<size_t>(id)] == b / p.group)
         throw std::invalid_argument("decoder_input: ids_restore of image " + std::to_string(b) + " holds " +
-                                    std::to_string(id) + " twice; it must be a permutation");
-      last[static_cast<size_t>(id)] = b;
+                                    std::to_string(id) + " twice" + (p.group > 1 ? " in its group" : "") + "; it must be a permutation");
+      last[static_cast<size_t>(id)] = b / p.group;
     }
 }
 

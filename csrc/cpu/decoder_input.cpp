@@ -181,7 +181,7 @@ int64_t token_at(const DecoderInput& p, int64_t b, int64_t t) {
 
 // Visible token plus position.
 const float* visible_row(const DecoderInput& p, int64_t b, int64_t t, int64_t token, float* room) {
-  const int64_t offset = b * p.visible_batch + token * p.visible_token;
+  const int64_t offset = b / p.group * p.visible_batch + token * p.visible_token;
   const float* row = as_floats(p.visible, p.visible_element, offset, 1, p.width, room);
   if (p.positions == nullptr) return row;
   add(row, p.positions + t * p.width, p.width, room);
@@ -192,15 +192,16 @@ bool streams(const void* to, int64_t rows, int64_t row_bytes) {
   return rows * row_bytes >= kStreamBytes && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
 }
 
-// The rows of images that no place asks for get no gradient.
+// The rows of visible tokens that no place asks for get no gradient.
 void clear_unused(const DecoderInput& p) {
   const int64_t row_bytes = p.width * size_of(p.visible_element);
 #pragma omp parallel for schedule(static)
-  for (int64_t b = 0; b < p.batch; ++b) {
+  for (int64_t i = 0; i < p.batch / p.group; ++i) {
     int64_t used = 0;
-    for (int64_t l = 0; l < p.patches; ++l) used += token_at(p, b, p.prefix + l) >= 0;
+    for (int64_t b = i * p.group; b < (i + 1) * p.group; ++b)
+      for (int64_t l = 0; l < p.patches; ++l) used += token_at(p, b, p.prefix + l) >= 0;
     if (used == p.kept) continue;
-    char* rows = static_cast<char*>(p.grad_visible) + (b * (p.prefix + p.kept) + p.prefix) * row_bytes;
+    char* rows = static_cast<char*>(p.grad_visible) + (i * (p.prefix + p.kept) + p.prefix) * row_bytes;
     memset(rows, 0, static_cast<size_t>(p.kept * row_bytes));
   }
 }
@@ -237,6 +238,7 @@ void backward_of_positions(const DecoderInput& p, int64_t task, int64_t first, i
   float* x = token + step;
   float* g = x + step;
   float* row = g + step;
+  float* shared = row + step;  // [positions, E]: of prefix tokens, over the images of a group
   bool masked[kPositionsOfTask] = {};
   memset(room, 0, static_cast<size_t>((3 * kPositionsOfTask + 1) * step) * sizeof(float));
   float* grad_weight = p.partial + (tasks + task) * E;
@@ -269,9 +271,17 @@ void backward_of_positions(const DecoderInput& p, int64_t task, int64_t first, i
         if (norm) norm_gradient(visible_row(p, b, t, from, x), of_norm, p, grad_weight, grad_bias, row);
         of_row = row;
       }
-      char* to = static_cast<char*>(p.grad_visible) + (b * tokens + from) * E * size_of(p.visible_element);
-      store_row(of_row, E, to, p.visible_element);
       if (p.grad_positions != nullptr) add_to(of_visible + local, of_row, E);
+      if (t < p.prefix && p.group > 1) {
+        if (b % p.group == 0)
+          memcpy(shared + local, of_row, static_cast<size_t>(E) * sizeof(float));
+        else
+          add_to(shared + local, of_row, E);
+        if (b % p.group < p.group - 1) continue;
+        of_row = shared + local;
+      }
+      char* to = static_cast<char*>(p.grad_visible) + (b / p.group * tokens + from) * E * size_of(p.visible_element);
+      store_row(of_row, E, to, p.visible_element);
     }
   for (int64_t t = first; t < last; ++t) {
     const int64_t local = (t - first) * step, l = t - p.prefix;

@@ -1,6 +1,7 @@
 """Triton kernels for the decoder's sequence: one pass forward, one pass and a sum of its parts backward.
 
-Legend: B batch, P prefix tokens, K visible patches, N patches, T = P + N, E width.
+Legend: B batch, in groups of G with the same visible tokens, P prefix tokens, K visible patches, N patches, T = P + N,
+E width.
 """
 
 import torch
@@ -24,7 +25,7 @@ def _norm(x, inside, E, eps):
 
 @triton.jit
 def _forward(
-    visible,  # *[B, P + K, E], channels side by side
+    visible,  # *[B / G, P + K, E], channels side by side
     mask_token,  # *[N, E] or [E] fp32
     ids_restore,  # *[B, N] int64
     positions,  # *[T, E] fp32; only with POSITIONS
@@ -36,6 +37,7 @@ def _forward(
     visible_batch, visible_token, mask_row,  # strides
     P, K, N, E, eps,
     POSITIONS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    GROUP: tl.constexpr,  # G
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # channels of a program; at least E with NORM
 ):  # fmt: skip
@@ -49,7 +51,7 @@ def _forward(
     shown = (patch < 0) | ((id >= 0) & (id < K))
     token = tl.where(patch < 0, t, P + id)
     inside = exists[:, None] & (channel < E)[None, :]
-    at = visible + (b * visible_batch + token * visible_token)[:, None] + channel[None, :]
+    at = visible + (b // GROUP * visible_batch + token * visible_token)[:, None] + channel[None, :]
     x = tl.load(at, mask=inside & shown[:, None], other=0.0).to(tl.float32)
     at = mask_token + (patch * mask_row)[:, None] + channel[None, :]
     x = tl.where(shown[:, None], x, tl.load(at, mask=inside & (shown == 0)[:, None], other=0.0))
@@ -69,18 +71,20 @@ def _forward(
 def _backward(
     grad_sequence,  # *[B, T, E] contiguous; only with DIRECT
     grad_normed,  # *[B, T, E] contiguous; only with NORM
-    visible,  # *[B, P + K, E], channels side by side; only with NORM
+    visible,  # *[B / G, P + K, E], channels side by side; only with NORM
     mask_token,  # *[N, E] or [E] fp32; only with NORM
     ids_restore,  # *[B, N] int64
     positions,  # *[T, E] fp32; only with NORM and POSITIONS
     norm_weight,  # *[E] fp32; only with NORM
-    grad_visible,  # *[B, P + K, E] contiguous
+    grad_visible,  # *[B / G, P + K, E] contiguous
+    of_prefix,  # *[B, P, E] fp32: of prefix tokens, image by image; only with GROUP > 1
     of_masked,  # *[parts, T, E] fp32: summed over the masked images of a part
     of_visible,  # *[parts, T, E] fp32: summed over the others; only with WANTED
     of_weight, of_bias,  # *[parts, T, E] fp32; only with NORM
     B, visible_batch, visible_token, mask_row,
     P, K, N, E, eps,
     DIRECT: tl.constexpr, NORM: tl.constexpr, POSITIONS: tl.constexpr, WANTED: tl.constexpr,
+    GROUP: tl.constexpr,  # G
     PART: tl.constexpr,  # images of a program
     ROWS: tl.constexpr,  # images at a time
     BLOCK: tl.constexpr,  # channels of a program; at least E with NORM
@@ -120,7 +124,7 @@ def _backward(
             g = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
             through += tl.where(shown[:, None], 0.0, g)
             seen = shown[:, None] & channels[None, :]
-            from_ = visible + (b * visible_batch + token * visible_token)[:, None] + channel[None, :]
+            from_ = visible + (b // GROUP * visible_batch + token * visible_token)[:, None] + channel[None, :]
             x = tl.load(from_, mask=seen, other=0.0).to(tl.float32) + position[None, :]
             y, scale = _norm(x, seen, E, eps)
             g = tl.where(seen, g, 0.0)
@@ -129,8 +133,13 @@ def _backward(
             g *= weight[None, :]
             mean, product = tl.sum(g, axis=1) / E, tl.sum(g * y, axis=1) / E
             gradient += scale[:, None] * (g - mean[:, None] - y * product[:, None])
-        to = grad_visible + ((b * (P + K) + token) * E)[:, None] + channel[None, :]
-        tl.store(to, gradient.to(grad_visible.dtype.element_ty), mask=inside & shown[:, None])
+        own = shown
+        if GROUP > 1:  # a prefix token is every image's of its group
+            own = shown & (t >= P)
+            to = of_prefix + ((b * P + t) * E)[:, None] + channel[None, :]
+            tl.store(to, gradient, mask=inside & (shown & (t < P))[:, None])
+        to = grad_visible + ((b // GROUP * (P + K) + token) * E)[:, None] + channel[None, :]
+        tl.store(to, gradient.to(grad_visible.dtype.element_ty), mask=inside & own[:, None])
         if WANTED:
             kept += tl.where(shown[:, None], gradient, 0.0)
     masked = tl.sum(direct, axis=0)
@@ -174,6 +183,7 @@ def forward(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     prefix: int,
+    group: int,
     eps: float,
     sequence: Tensor,
     normed: Tensor,
@@ -187,7 +197,8 @@ def forward(
             _or(norm_bias, mask_token), sequence, normed, batch * tokens,
             visible.stride(0), visible.stride(1), _mask_row(mask_token),
             prefix, visible.shape[1] - prefix, tokens - prefix, width, eps,
-            positions is not None, norm_weight is not None, norm_bias is not None, rows, block, num_warps=warps,
+            positions is not None, norm_weight is not None, norm_bias is not None, group, rows, block,
+            num_warps=warps,
         )  # fmt: skip
 
 
@@ -200,6 +211,7 @@ def backward(
     positions: Tensor | None,
     norm_weight: Tensor | None,
     prefix: int,
+    group: int,
     eps: float,
     grad_visible: Tensor,
     grad_mask_token: Tensor,
@@ -216,17 +228,20 @@ def backward(
     of_masked, of_visible, of_weight, of_bias = (
         mask_token.new_empty(shape if needed else (0,)) for needed in (True, wanted, norm, norm)
     )
+    of_prefix = mask_token.new_empty((batch, prefix, width) if group > 1 else (0,))
     grad_visible.zero_()  # a token that no place asks for gets no gradient
     if of_masked.numel():
         _backward[(prefix + patches, parts, triton.cdiv(width, block))](
             _or(grad_sequence, mask_token), _or(grad_normed, mask_token), _or(visible, mask_token), mask_token,
             ids_restore, _or(positions, mask_token), _or(norm_weight, mask_token), grad_visible,
-            of_masked, of_visible, of_weight, of_bias, batch,
+            of_prefix, of_masked, of_visible, of_weight, of_bias, batch,
             *((0, 0) if visible is None else (visible.stride(0), visible.stride(1))), _mask_row(mask_token),
             prefix, tokens - prefix, patches, width, eps,
-            grad_sequence is not None, norm, positions is not None, wanted,
+            grad_sequence is not None, norm, positions is not None, wanted, group,
             IMAGES_OF_PART, rows, block, num_warps=warps,
         )  # fmt: skip
+    if group > 1 and of_prefix.numel():
+        grad_visible[:, :prefix] = of_prefix.unflatten(0, (-1, group)).sum(1)
     masked = of_masked.sum(0)
     torch.sum(masked[prefix:], 0, out=grad_mask_token) if mask_token.dim() == 1 else grad_mask_token.copy_(
         masked[prefix:]
@@ -253,24 +268,24 @@ _SIZES = dict.fromkeys(("visible_batch", "visible_token", "mask_row", "P", "K", 
 _ROWS = ("visible", "mask_token", "positions", "norm_weight")
 
 
-def _configs(element: str, sequence: str, width: int, *, norm: bool, positions: bool) -> list[Config]:
+def _configs(element: str, sequence: str, width: int, *, norm: bool, positions: bool, group: int = 1) -> list[Config]:
     """Forward and backward for one type of tokens and sequence, and one width."""
     both = {"visible": f"*{element}", "mask_token": "*fp32", "ids_restore": "*i64", "positions": "*fp32"}
     both |= {"norm_weight": "*fp32", **_SIZES}
     onward = {"norm_bias": "*fp32", "sequence": f"*{sequence}", "normed": f"*{element}", "rows": "i32"}
     back = {"grad_sequence": f"*{sequence}", "grad_normed": f"*{element}", "grad_visible": f"*{element}", "B": "i32"}
     sums = ("of_masked", "of_visible", "of_weight", "of_bias")
-    back |= dict.fromkeys(sums, "*fp32")
+    back |= dict.fromkeys((*sums, "of_prefix"), "*fp32")
     aligned = (*_ROWS, "visible_batch", "visible_token", "mask_row", "E")
     rows, block, warps = _launch(width, norm, False)
-    constants = {"POSITIONS": positions, "NORM": norm, "BIAS": norm, "ROWS": rows, "BLOCK": block}
+    constants = {"POSITIONS": positions, "NORM": norm, "BIAS": norm, "GROUP": group, "ROWS": rows, "BLOCK": block}
     ours = Config(
         _forward, both | onward, constants, num_warps=warps, aligned=(*aligned, "norm_bias", "sequence", "normed")
     )
     rows, block, warps = _launch(width, norm, True)
     constants = {"DIRECT": True, "NORM": norm, "POSITIONS": positions, "WANTED": positions}
-    constants |= {"PART": IMAGES_OF_PART, "ROWS": rows, "BLOCK": block}
-    aligned = (*aligned, "grad_sequence", "grad_normed", "grad_visible", *sums)
+    constants |= {"GROUP": group, "PART": IMAGES_OF_PART, "ROWS": rows, "BLOCK": block}
+    aligned = (*aligned, "grad_sequence", "grad_normed", "grad_visible", "of_prefix", *sums)
     return [ours, Config(_backward, both | back, constants, num_warps=warps, aligned=aligned)]
 
 
@@ -282,5 +297,7 @@ AHEAD_OF_TIME = [
     *_configs("bf16", "bf16", 1024, norm=True, positions=True),
     *_configs("fp32", "fp32", 1280, norm=True, positions=True),
     *_configs("fp32", "fp32", 512, norm=False, positions=True),
+    *_configs("bf16", "fp32", 512, norm=False, positions=True, group=4),  # MixedAE
+    *_configs("fp32", "fp32", 512, norm=True, positions=True, group=2),
     *_configs("bf16", "bf16", 1536, norm=False, positions=False),  # queries, keys and values of its first block
 ]

@@ -1,6 +1,7 @@
 """What a decoder starts from: visible tokens at their places, a mask token everywhere else, positions added.
 
-Legend: B batch, P prefix tokens, K visible patches, N all patches, T = P + N tokens, E width.
+Legend: B batch, in groups of G with the same visible tokens, P prefix tokens, K visible patches, N all patches,
+T = P + N tokens, E width.
 """
 
 import torch
@@ -21,17 +22,19 @@ def decoder_input_ref(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
+    group_size: int = 1,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What the operation means, in plain PyTorch. Any device, any dtype, differentiable."""
     dtype = _sequence_dtype(visible, positions)
     prefix, patches = visible.to(dtype).tensor_split((num_prefix_tokens,), dim=1)
+    prefix = prefix.repeat_interleave(group_size, dim=0)
     count = patches.shape[1]
     rows = mask_token.to(dtype).expand(*ids_restore.shape, -1)
     if count:
         # Indexing, not gather: its gradient adds up in a fixed order on every device.
-        image = torch.arange(visible.shape[0], device=visible.device).unsqueeze(1)
+        group = (torch.arange(ids_restore.shape[0], device=visible.device) // group_size).unsqueeze(1)
         shown = (ids_restore < count).unsqueeze(-1)
-        rows = torch.where(shown, patches[image, ids_restore.clamp(max=count - 1)], rows)
+        rows = torch.where(shown, patches[group, ids_restore.clamp(max=count - 1)], rows)
     sequence = torch.cat((prefix, rows), dim=1)
     if positions is not None:
         sequence = sequence + positions.to(dtype)
@@ -52,19 +55,22 @@ def decoder_input(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
+    group_size: int = 1,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Visible tokens back at their places among mask tokens, plus positions, and the LayerNorm that comes next.
 
     Args:
-        visible: [B, P + K, E], floating point, any strides: prefix tokens, then the visible patches in MAE's order.
+        visible: [B / G, P + K, E], floating point, any strides: prefix tokens, then the visible patches in MAE's order.
         mask_token: [E], or [N, E] where each place has a token of its own.
         ids_restore: [B, N] int64, a permutation of 0 .. N - 1 in each image, as `random_mask` gives it: place l holds
             visible patch ids_restore[b, l] where that is below K, else the mask token.
+            With `group_size` a patch is shown by at most one image of its group, and ids from K on may repeat.
         positions: [P + N, E], added to every image; None adds nothing.
         num_prefix_tokens: P, tokens in front that keep their places (cls, registers).
         norm_weight, norm_bias: [E]; with a weight, LayerNorm of the sequence is computed in the same pass.
         eps: of the LayerNorm.
+        group_size: G, neighbouring images of the batch that share the same visible tokens (a mixed sequence).
         backend: "reference", "cpu" or "triton"; chosen by device when None.
 
     Returns:
@@ -77,16 +83,16 @@ def decoder_input(
 
     Source: MAE (arXiv 2111.06377), section 3, "MAE decoder".
     """
-    _check(visible, mask_token, ids_restore, positions, num_prefix_tokens, norm_weight, norm_bias)
+    _check(visible, mask_token, ids_restore, positions, num_prefix_tokens, norm_weight, norm_bias, group_size)
     dtype = _sequence_dtype(visible, positions)
     chosen = decoder_input_backends.choose(visible.device, dtype, backend)
     if chosen == "reference":
         return decoder_input_ref(
-            visible, mask_token, ids_restore, positions, num_prefix_tokens, norm_weight, norm_bias, eps
+            visible, mask_token, ids_restore, positions, num_prefix_tokens, norm_weight, norm_bias, eps, group_size
         )
     floats = (None if t is None else t.float() for t in (positions, norm_weight, norm_bias))
     sequence, normed = torch.ops.fastmim.decoder_input(
-        visible, mask_token.float(), ids_restore, *floats, num_prefix_tokens, eps, dtype,
+        visible, mask_token.float(), ids_restore, *floats, num_prefix_tokens, group_size, eps, dtype,
         _normed_dtype(visible.device, dtype), chosen,
     )  # fmt: skip
     return sequence if norm_weight is None else (sequence, normed)
@@ -111,12 +117,16 @@ def _check(
     num_prefix_tokens: int,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    group_size: int,
 ) -> None:
     """Raises ValueError in the caller's terms."""
     op = "decoder_input"
     if visible.dim() != 3:
         raise ValueError(f"{op}: visible must be [B, P + K, E], got {list(visible.shape)}")
-    batch, tokens, width = visible.shape
+    groups, tokens, width = visible.shape
+    if group_size < 1:
+        raise ValueError(f"{op}: group_size is {group_size}, at least 1 is needed")
+    batch = groups * group_size
     if not 0 <= num_prefix_tokens <= tokens:
         raise ValueError(f"{op}: {num_prefix_tokens} prefix tokens do not fit visible {list(visible.shape)}")
     if ids_restore.dim() != 2 or ids_restore.shape[0] != batch or ids_restore.dtype != torch.int64:

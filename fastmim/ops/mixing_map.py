@@ -44,8 +44,11 @@ class MixingMap(NamedTuple):
                 f"MixingMap.masks: {length} positions in groups of {self.group_size} give some images one more than "
                 f"others, so there is no ids_keep of one shape; use segments and mask"
             )
-        ids_shuffle = self.mask.to(torch.uint8).argsort(dim=1, stable=True)
-        return Masks(ids_shuffle[:, : length // self.group_size], ids_shuffle.argsort(dim=1, stable=True), self.mask)
+        kept = length // self.group_size
+        ids_restore = torch.where(self.mask, self.mask.cumsum(1) + kept, (~self.mask).cumsum(1)) - 1
+        places = torch.arange(length, device=self.mask.device).expand_as(ids_restore)
+        ids_shuffle = torch.empty_like(ids_restore).scatter_(1, ids_restore, places)
+        return Masks(ids_shuffle[:, :kept].contiguous(), ids_restore, self.mask)
 
     def shifted(self, by: int) -> "MixingMap":
         """The map (M + by) mod G: each position shows the image `by` places further on in its group."""

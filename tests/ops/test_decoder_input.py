@@ -255,7 +255,7 @@ def test_opcheck(backend, layout, norm):
     visible, token, ids_restore, positions, *affine = make(2, 1, 3, 8, 16, device=backend.device)
     visible, token, positions = (layout(t).requires_grad_() for t in (visible, token, positions))
     affine = [t.requires_grad_() for t in affine] if norm else [None, None]
-    options = (1, 1e-6, torch.float32, torch.float32, backend.plain)
+    options = (1, 1, 1e-6, torch.float32, torch.float32, backend.plain)
     torch.library.opcheck(
         torch.ops.fastmim.decoder_input.default, (visible, token, ids_restore, positions, *affine, *options)
     )
