@@ -3,23 +3,21 @@
 Legend: B batch, C channels, H W image, (p, q) patch, (gh, gw) grid, N = gh * gw patches, row-major, K visible, E width.
 """
 
-from collections.abc import Sequence
-from functools import cache, reduce
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmim.ops.backends import Backends, check_divisible, compiled
+from fastmim.ops.backends import Backends, compiled
 from fastmim.ops.linear import linear
 from fastmim.ops.masked_patch_loss import ELEMENTS
+from fastmim.ops.patch_arguments import Statistic, check_patch_embed, rows_dtype, scale_shift_of
 from fastmim.ops.patch_rows import patch_rows, patch_rows_ref
 
 __all__ = ["visible_patch_embed", "visible_patch_embed_ref"]
 
-LAYOUTS = ("nchw", "nhwc")
-Statistic = Tensor | Sequence[float] | None
 _backends = Backends(
     "visible_patch_embed",
     cpu="add_positions",
@@ -40,9 +38,9 @@ def visible_patch_embed_ref(
 ) -> Tensor:
     """What the operation means, in plain PyTorch. Any device, any dtype, differentiable."""
     images = images if layout == "nchw" else images.permute(0, 3, 1, 2)
-    scale_shift = _scale_shift(images, mean, std, weight.dtype)
+    scale_shift = scale_shift_of(images, mean, std, weight.dtype)
     _, _, p, q = weight.shape
-    rows = patch_rows_ref(images, None, ids_keep, scale_shift, (p, q), _rows_dtype(weight))
+    rows = patch_rows_ref(images, None, ids_keep, scale_shift, (p, q), rows_dtype(weight))
     embedded = F.linear(rows, weight.flatten(1), bias)
     if positions is None:
         return embedded
@@ -166,17 +164,15 @@ def visible_patch_embed(
 
     Source: MAE (arXiv 2111.06377), section 3; the reference code embeds all patches and drops three quarters.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"visible_patch_embed: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     _check(images, ids_keep, weight, bias, positions, mean, std, layout)
-    rows_dtype, (_, _, p, q) = _rows_dtype(weight), weight.shape
+    row_dtype, (_, _, p, q) = rows_dtype(weight), weight.shape
     floats = [t.dtype for t in (images, positions) if t is not None and t.is_floating_point()]
-    chosen = _backends.choose(images.device, reduce(torch.promote_types, floats, rows_dtype), backend)
+    chosen = _backends.choose(images.device, reduce(torch.promote_types, floats, row_dtype), backend)
     if chosen == "reference":
         return visible_patch_embed_ref(images, ids_keep, weight, bias, positions, mean, std, layout)
     images = images if layout == "nchw" else images.permute(0, 3, 1, 2)
-    scale_shift = _scale_shift(images, mean, std, weight.dtype)
-    rows = patch_rows(images, None, ids_keep, scale_shift, (p, q), rows_dtype, backend=chosen)
+    scale_shift = scale_shift_of(images, mean, std, weight.dtype)
+    rows = patch_rows(images, None, ids_keep, scale_shift, (p, q), row_dtype, backend=chosen)
     embedded = linear(rows, weight.flatten(1), bias)
     if positions is None:
         return embedded
@@ -184,37 +180,6 @@ def visible_patch_embed(
         return embedded + positions
     dtype = torch.promote_types(embedded.dtype, positions.dtype)
     return torch.ops.fastmim.add_positions(embedded, positions.float(), ids_keep, dtype, chosen)
-
-
-def _rows_dtype(weight: Tensor) -> torch.dtype:
-    """What the linear map would be given: autocast's dtype where it is on."""
-    device = weight.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
-
-
-def _scale_shift(images: Tensor, mean: Statistic, std: Statistic, dtype: torch.dtype) -> Tensor | None:
-    """[2, C] fp32 (fp64 for that dtype): pixels * scale + shift are the normalised ones. None: as they are."""
-    unit = 255.0 if images.dtype == torch.uint8 else 1.0
-    if mean is None and unit == 1.0:
-        return None
-    dtype = torch.promote_types(dtype, torch.float32)
-    if isinstance(mean, Tensor) or isinstance(std, Tensor):
-        mean, std = (torch.as_tensor(s, device=images.device).detach().double() for s in (mean, std))
-        return torch.stack((1 / (unit * std), -mean / std)).to(dtype)
-    channels = images.shape[1]
-    mean, std = (0.0,) * channels if mean is None else mean, (1.0,) * channels if std is None else std
-    values = tuple(1 / (unit * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
-    if torch.compiler.is_compiling():
-        return torch.tensor(values, dtype=dtype, device=images.device)
-    return _constant(values, dtype, images.device)
-
-
-@cache
-def _constant(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copied to the device once, not at every step."""
-    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _check(
@@ -229,39 +194,11 @@ def _check(
 ) -> None:
     """Raises ValueError in the caller's terms."""
     op = "visible_patch_embed"
-    if images.dim() != 4:
-        expected = "[B, C, H, W]" if layout == "nchw" else "[B, H, W, C]"
-        raise ValueError(f"{op}: images must be {expected}, got {list(images.shape)}")
-    if not (images.is_floating_point() or images.dtype == torch.uint8):
-        raise ValueError(f"{op}: images must be uint8 or floating point, got {images.dtype}")
-    batch, channels, height, width = (images.shape[i] for i in ((0, 1, 2, 3) if layout == "nchw" else (0, 3, 1, 2)))
-    if weight.dim() != 4 or weight.shape[1] != channels:
-        raise ValueError(
-            f"{op}: weight must be [E, {channels}, p, q], as {layout} images {list(images.shape)} have "
-            f"{channels} channels, got {list(weight.shape)}"
-        )
-    embedding, _, p, q = weight.shape
-    check_divisible(op, height, width, (p, q))
-    patches = (height // p) * (width // q)
-    if ids_keep is not None and (ids_keep.dim() != 2 or ids_keep.shape[0] != batch or ids_keep.dtype != torch.int64):
+    check_patch_embed(op, images, weight, bias, positions, mean, std, layout)
+    if ids_keep is None:
+        return
+    batch = images.shape[0]
+    if ids_keep.dim() != 2 or ids_keep.shape[0] != batch or ids_keep.dtype != torch.int64:
         raise ValueError(f"{op}: ids_keep must be int64 [{batch}, K], got {ids_keep.dtype} {list(ids_keep.shape)}")
-    if bias is not None and bias.shape != (embedding,):
-        raise ValueError(f"{op}: bias must be [{embedding}], as weight has rows, got {list(bias.shape)}")
-    if positions is not None and positions.shape != (patches, embedding):
-        raise ValueError(
-            f"{op}: positions must be [{patches}, {embedding}] for {patches} patches of {p}x{q} pixels, "
-            f"got {list(positions.shape)}"
-        )
-    if (mean is None) != (std is None):
-        raise ValueError(f"{op}: mean and std go together; {'mean' if mean is None else 'std'} is missing")
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None and (
-            values.shape != (channels,) if isinstance(values, Tensor) else len(values) != channels
-        ):
-            got = list(values.shape) if isinstance(values, Tensor) else len(values)
-            raise ValueError(f"{op}: {name} must hold {channels} numbers, one a channel, got {got}")
-    for name, tensor in (("ids_keep", ids_keep), ("weight", weight), ("bias", bias), ("positions", positions)):
-        if tensor is not None and tensor.device != images.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, images on {images.device}")
-        if name != "ids_keep" and tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+    if ids_keep.device != images.device:
+        raise ValueError(f"{op}: ids_keep is on {ids_keep.device}, images on {images.device}")
