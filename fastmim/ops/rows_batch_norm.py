@@ -3,6 +3,7 @@
 Legend: B images, M rows of all of them, C channels.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,8 @@ def rows_batch_norm(
 
 def choose_backend(x: Tensor, backend: str | None = None) -> str:
     """The one that will run."""
+    if backend is None and os.environ.get("FASTMIM_BACKEND") in ("triton", "cuda"):
+        return "reference"  # meant for the operations that have such a kernel; torch's own does this one there
     return _backends.choose(x.device, x.dtype, backend)
 
 
