@@ -33,22 +33,23 @@ struct MaskedDepthwise {
   float* scratch;          // [threads, depthwise_scratch(p)]
 };
 
-// Channels that one task handles: small tiles have little to do for each, so they take more at once.
+// Channels that one task handles: taps, their sums and a tile with its surroundings fit into the first cache together.
+// Small tiles have little to do for each channel, so they take more at once.
 static inline int64_t depthwise_chunk(const MaskedDepthwise& p) {
-  const int64_t most = p.side <= 2 ? 128 : 64, chunks = (p.channels + most - 1) / most;
+  const int64_t most = p.side >= 4 ? 32 : 64, chunks = (p.channels + most - 1) / most;
   return chunks > 0 ? ((p.channels + chunks - 1) / chunks + 15) / 16 * 16 : 16;
 }
 static inline int64_t depthwise_padded(const MaskedDepthwise& p) { return (p.channels + 15) / 16 * 16; }
 // Distance between rows in scratch: an odd number of cache lines, so that the rows of a tile spread over the sets.
 static inline int64_t depthwise_pitch(const MaskedDepthwise& p) { return depthwise_chunk(p) + 16; }
 // Ranges of tiles that the weight gradient adds up one after the other: enough tasks for many threads, but few partial
-// sums beside the work that goes into them, and whole images where there are enough. Depends on the shape alone.
+// sums beside the work that goes into them. Depends on the shape alone.
 static inline int64_t depthwise_parts(const MaskedDepthwise& p) {
   const int64_t tiles = p.batch * p.count, rows = tiles * p.side * p.side, chunk = depthwise_chunk(p);
-  const int64_t chunks = (p.channels + chunk - 1) / chunk, most = 64 / (chunks > 0 ? chunks : 1);
-  int64_t parts = p.batch < 32 ? p.batch : 32;
-  if (parts > 0 && parts * chunks < 16) parts *= (16 + parts * chunks - 1) / (parts * chunks);
-  if (parts > most) parts = most;
+  const int64_t chunks = (p.channels + chunk - 1) / chunk;
+  int64_t parts = 1;
+  while (parts * chunks < 16 && chunks > 0) parts *= 2;
+  if (parts < rows / 2048) parts = rows / 2048 < 32 ? rows / 2048 : 32;
   if (parts > rows / 64) parts = rows / 64;
   if (parts > tiles) parts = tiles;
   return parts > 1 ? parts : 1;
