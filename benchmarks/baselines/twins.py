@@ -105,6 +105,8 @@ def _plain_convnext(encoder: Any) -> PlainConvNeXt:
 
 
 def _plain_mae(method: Any) -> PlainMAE:
+    if method.cfg.decoder != "full":
+        raise ValueError(f"the plain MAE has the paper's decoder only, not {method.cfg.decoder!r}")
     ours = method.decoder
     decoder = Decoder(
         method.encoder.embed_dim,

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from fastmim.layers.sincos_positions import sincos_positions
 from fastmim.methods.base import Batch, Method, Output
 from fastmim.methods.masking import cell_grid, count_kept
 from fastmim.methods.reconstruction import patch_pictures
+from fastmim.models.cross_decoder import CrossDecoder
 from fastmim.models.encoder import Encoder
+from fastmim.models.partial_decoder import PartialDecoder
 from fastmim.models.token_encoder import TokenEncoder
 from fastmim.ops import Masks, masked_patch_loss, random_mask
 
@@ -27,10 +29,19 @@ class MAEConfig:
     """Removed share of the patches of each image; int(N·(1 - ratio)) are kept (49 of 196)."""
     norm_pix_loss: bool = True
     """Predict pixels normalised by the mean and variance of their patch."""
+    decoder: Literal["full", "partial", "cross"] = "full"
+    """Form "full" is the paper's. "partial" decodes a part of the removed patches (arXiv 2411.15746). "cross" is
+    CrossMAE's (arXiv 2401.14391): removed patches read the encoder's feature maps by cross-attention only."""
+    decode_ratio: float | None = None
+    """Share of the removed patches that are decoded and enter the loss, not in form "full". None: a half in form
+    "partial", a third in form "cross"."""
+    cross_feature_maps: bool = True
+    """Form "cross": each block reads its own learned sum of the feature maps of all blocks of the encoder; false: all
+    read its output."""
     decoder_dim: int | None = None
     """Width of the decoder. None: 512, or the encoder's width where that is less."""
     decoder_depth: int | None = None
-    """Blocks of the decoder. None: 8, or 4 for fewer than 196 patches."""
+    """Blocks of the decoder. None: 8 (12 in form "cross"), or 4 for fewer than 196 patches."""
     decoder_num_heads: int | None = None
     """Heads of the decoder. None: one per 32 channels."""
     exact_pruning: bool = True
@@ -52,7 +63,7 @@ class MAE(Method):
 
     Differs from the authors' code: masks come from a counter-based generator instead of the global one; rectangular
     images and patches work; no NaN from a constant patch. As there, cls and mask token are decayed (they are 3-D) and
-    positions are not trained.
+    positions are not trained. Two published cheaper decoders are options, with a loss over fewer patches.
     """
 
     name: ClassVar[str] = "mae"
@@ -71,19 +82,29 @@ class MAE(Method):
         self.grid = cell_grid(img_size, self.patch_size, "mae", "patch_size")
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_keep = count_kept(self.num_patches, cfg.mask_ratio, "floor", "mae")
-        dim = cfg.decoder_dim or min(512, encoder.embed_dim)
-        self.decoder = MaskTokenDecoder(
-            encoder.embed_dim,
-            self.grid,
-            self.patch_size[0] * self.patch_size[1] * encoder.in_chans,
-            num_prefix_tokens=encoder.num_prefix_tokens,
-            dim=dim,
-            depth=cfg.decoder_depth or (8 if self.num_patches >= 196 else 4),
-            num_heads=cfg.decoder_num_heads or max(1, dim // 32),
-            share_masked=cfg.exact_pruning,
-        )
+        self.num_decoded = _count_decoded(self.num_patches - self.num_keep, cfg)
+        self.decoder = self._build_decoder()
         if cfg.init_encoder:
             init_mae_encoder(encoder)
+
+    def _build_decoder(self) -> nn.Module:
+        encoder, cfg = self.encoder, self.cfg
+        dim = cfg.decoder_dim or min(512, encoder.embed_dim)
+        values = self.patch_size[0] * self.patch_size[1] * encoder.in_chans
+        deep = 12 if cfg.decoder == "cross" else 8
+        blocks: dict[str, Any] = {
+            "dim": dim,
+            "depth": cfg.decoder_depth or (deep if self.num_patches >= 196 else 4),
+            "num_heads": cfg.decoder_num_heads or max(1, dim // 32),
+        }
+        if cfg.decoder == "cross":
+            maps = 1 + len(encoder.blocks) if cfg.cross_feature_maps else 0
+            decoded = {"num_decoded": self.num_decoded, "num_feature_maps": maps}
+            return CrossDecoder(encoder.embed_dim, self.grid, values, **decoded, **blocks)
+        blocks |= {"num_prefix_tokens": encoder.num_prefix_tokens, "share_masked": cfg.exact_pruning}
+        if cfg.decoder == "partial":
+            return PartialDecoder(encoder.embed_dim, self.grid, values, num_decoded=self.num_decoded, **blocks)
+        return MaskTokenDecoder(encoder.embed_dim, self.grid, values, **blocks)
 
     def forward(self, batch: Batch) -> Output:
         return self.predict_removed(batch.images, random_mask(batch.size, self.num_patches, self.num_keep, batch.rng))
@@ -92,15 +113,26 @@ class MAE(Method):
         """The step for given masks; `target` is `images` unless a test tells them apart."""
         self.check_images(images)
         target = images if target is None else target
-        latent = self.encoder.forward_visible(images, masks.ids_keep)
-        prediction = self.decoder(latent, masks.ids_restore, removed_only=self.cfg.exact_pruning)
-        loss = masked_patch_loss(prediction, target, masks.mask, self.patch_size, norm_pix=self.cfg.norm_pix_loss)
+        prediction = self.predict(images, masks)
+        counted = masks.mask
+        if self.num_decoded < self.num_patches - self.num_keep:
+            counted = counted & (masks.ids_restore < self.num_keep + self.num_decoded)
+        loss = masked_patch_loss(prediction, target, counted, self.patch_size, norm_pix=self.cfg.norm_pix_loss)
         return Output(
             loss,
             pictures=functools.partial(
                 patch_pictures, target, prediction.detach(), masks.mask, self.patch_size, self.cfg.norm_pix_loss
             ),
         )
+
+    def predict(self, images: Tensor, masks: Masks) -> Tensor:
+        """[B, N, p·q·C]; only the rows of decoded patches mean something."""
+        if self.cfg.decoder != "cross":
+            latent = self.encoder.forward_visible(images, masks.ids_keep)
+            return self.decoder(latent, masks.ids_restore, removed_only=self.cfg.exact_pruning)
+        maps = self.cfg.cross_feature_maps
+        encode = self.encoder.forward_visible_maps if maps else self.encoder.forward_visible
+        return self.decoder(encode(images, masks.ids_keep), masks.ids_restore, num_visible=self.num_keep)
 
     def no_weight_decay(self) -> set[str]:
         return set()  # the official run decays cls and mask token; the fixed positions are not trained
@@ -115,6 +147,22 @@ class MAE(Method):
         has_decoder = any(key.startswith("decoder.") for key in mapped)
         own = {} if has_decoder else {k: v for k, v in self.state_dict().items() if k.startswith("decoder.")}
         self.load_state_dict({**own, **mapped}, strict=True)
+
+
+def _count_decoded(removed: int, cfg: MAEConfig) -> int:
+    """Removed patches that are decoded, of `removed`."""
+    ratio = cfg.decode_ratio
+    if cfg.decoder == "full":
+        if ratio is not None:
+            raise ValueError(
+                f"mae: decode_ratio {ratio} leaves out patches, which decoder 'full' does not; choose decoder "
+                f"'partial' or 'cross'."
+            )
+        return removed
+    ratio = {"partial": 1 / 2, "cross": 1 / 3}[cfg.decoder] if ratio is None else ratio
+    if not 0.0 < ratio <= 1.0:
+        raise ValueError(f"mae: decode_ratio is a share of the removed patches, above 0 and at most 1; got {ratio}.")
+    return max(1, round(removed * ratio))
 
 
 def official_key(key: str) -> str:

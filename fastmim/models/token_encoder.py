@@ -79,6 +79,19 @@ class TokenEncoder(Encoder):
             )
         return self._encode(images, ids_keep)
 
+    def forward_visible_maps(self, images: Tensor, ids_keep: Tensor) -> list[Tensor]:
+        """What `forward_visible` passes through: embedded tokens, the output of each block, the last after the norm.
+
+        Returns:
+            1 + depth tensors [B, P + K, D].
+        """
+        self._check_images(images)
+        x = self._with_prefix(self.patch_embed(images, ids_keep, self._patch_positions()))
+        context, maps = self._block_context(ids_keep), [x]
+        for block in self.blocks:
+            maps.append(block(maps[-1], *context))
+        return [*maps[:-1], self.norm(maps[-1])]
+
     def forward_map(self, images: Tensor, insert: InsertFunction | None = None, at: int | None = None) -> Tensor:
         """Patch tokens after the final norm as a map [B, D, gh, gw].
 
