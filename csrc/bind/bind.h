@@ -31,6 +31,7 @@ void bind_random_mask(pybind11::module_& m);
 void bind_rows_batch_norm(pybind11::module_& m);
 void bind_tile_index(pybind11::module_& m);
 void bind_tiles(pybind11::module_& m);
+void bind_topk_attention(pybind11::module_& m);
 void bind_visible_patch_embed(pybind11::module_& m);
 
 }  // namespace fastmim

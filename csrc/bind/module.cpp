@@ -56,5 +56,6 @@ PYBIND11_MODULE(_C, m) {
   fastmim::bind_rows_batch_norm(m);
   fastmim::bind_tile_index(m);
   fastmim::bind_tiles(m);
+  fastmim::bind_topk_attention(m);
   fastmim::bind_visible_patch_embed(m);
 }

@@ -1,77 +1,15 @@
-// Attention of one head at a time, between the nearest caches: scores lie transposed, [keys, queries], so that softmax
-// runs down the rows with queries side by side in registers, and every product is of the form that registers like.
+// Attention with an optional bias, log counts and masks of keys.
 #include "cpu/packed_attention.h"
 
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
-#include "cpu/attention_panels.h"
+#include "cpu/attention_head.h"
 
 namespace fastmim {
 namespace FASTMIM_ISA {
 
 namespace {
-
-constexpr int64_t kBlock = kAttentionQueries;
-constexpr float kInfinity = __builtin_inff();
-
-int64_t thread_index() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// What a thread works in; W is the head width padded to sixteen, Nq padded likewise.
-struct Room {
-  float *k, *v, *k_gradient, *v_gradient;                // [Nk, W]
-  float *queries, *queries_down, *result;                // [block, W], [W, block], [block, W]
-  float *out_gradient, *out_gradient_down;               // [block, W], [W, block]
-  float *scores, *slopes;                                // [Nk, block]; slopes are gradients of scores
-  float* added;                                          // [Nk] to the scores of a key
-  float *bias, *bias_gradient;                           // [Nk, padded Nq]
-  int64_t bias_head = -1;                                // whose bias is in `bias`, where images share it
-
-  explicit Room(const PackedAttention& p) {
-    const int64_t width = attention_padded(p.width);
-    float* at = p.scratch + thread_index() * attention_scratch(p);
-    const auto take = [&](int64_t count) {
-      float* taken = at;
-      at += count;
-      return taken;
-    };
-    k = take(p.keys * width), v = take(p.keys * width);
-    k_gradient = take(p.keys * width), v_gradient = take(p.keys * width);
-    queries = take(kBlock * width), queries_down = take(kBlock * width), result = take(kBlock * width);
-    out_gradient = take(kBlock * width), out_gradient_down = take(kBlock * width);
-    scores = take(p.keys * kBlock), slopes = take(p.keys * kBlock);
-    added = take(attention_padded(p.keys));
-    const int64_t biases = p.bias == nullptr ? 0 : p.keys * attention_padded(p.queries);
-    bias = take(biases), bias_gradient = take(biases);
-  }
-};
-
-// Queries [first, first + count) of one head: at most kBlock of them, `lanes` of memory in whole sixteens.
-struct Block {
-  int64_t first, count, lanes;
-};
-
-// f(block) for blocks of nearly equal size.
-template <typename F>
-void in_blocks(int64_t queries, const F& f) {
-  const int64_t groups = attention_padded(queries) / 16, blocks = (groups * 16 + kBlock - 1) / kBlock;
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t first = groups * i / blocks * 16, last = groups * (i + 1) / blocks * 16;
-    f(Block{first, least(last, queries) - first, last - first});
-  }
-}
 
 // Log counts and masked keys of one image as numbers to add to scores; null where there are none.
 const float* key_terms(const PackedAttention& p, int64_t b, Room& room) {
@@ -89,7 +27,7 @@ void read_bias(const PackedAttention& p, const T* from, float* room, float* to) 
   for (int64_t q = 0; q < p.queries; q += 16)
     for (int64_t k = 0; k < p.keys; k += 16) {
       const int64_t rows = least(16, p.queries - q), columns = least(16, p.keys - k);
-      float square[256];
+      alignas(64) float square[256];
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j) square[16 * i + j] = to_float(from[(q + i) * p.bias_row + k + j]);
       for (int64_t i = 0; i < rows; ++i)
@@ -108,7 +46,7 @@ const float* bias_terms(const PackedAttention& p, int64_t b, int64_t h, Room& ro
   if (p.bias == nullptr) return nullptr;
   if (p.bias_batch == 0 && room.bias_head == h) return room.bias;
   room.bias_head = h;
-  float square[256];
+  alignas(64) float square[256];
   const int64_t offset = b * p.bias_batch + h * p.bias_head;
   switch (static_cast<Element>(p.bias_element)) {
     case Element::f32: read_bias(p, static_cast<const float*>(p.bias) + offset, square, room.bias); break;
@@ -153,79 +91,26 @@ FASTMIM_INLINE void exponentials(float* scores, int64_t keys, const float* added
   }
 }
 
-FASTMIM_INLINE void reciprocal(const Lanes& sum, Lanes& out) {
-  const Lanes zero = {};
-  select(sum == 0.0f, zero, 1.0f / sum, out);
-}
+// Softmax of one head's scores, as forward_head and backward_head want it.
+struct Softmax {
+  const PackedAttention& p;
+  const float* added;  // [Nk] or null
+  const float* bias;   // [Nk, padded Nq] or null
+  float* lse;          // [Nq] of the head, or null
 
-// One over the sums of the exponentials that `scores` then holds, [lanes]; and the logarithm of the sums, for a caller
-// who wants it.
-void softmax(const PackedAttention& p, const Block& block, const float* added, const float* bias, float* scores,
-             float* reciprocals, float* lse) {
-  const int64_t bias_pitch = attention_padded(p.queries);
-  for (int64_t q = 0; q < block.lanes; q += 16) {
-    Lanes largest, sum, x;
-    exponentials(scores + q, p.keys, added, bias == nullptr ? nullptr : bias + block.first + q, bias_pitch, largest,
-                 sum);
-    reciprocal(sum, x);
-    store(reciprocals + q, x);
-    if (lse == nullptr) continue;
-    log1p(sum - 1.0f, x);  // the largest adds 1
-    x += largest;
-    const Lanes infinite = Lanes{} + kInfinity;
-    select(sum == 0.0f, infinite, x, x);
-    memcpy(lse + block.first + q, &x, static_cast<size_t>(least(16, block.count - q)) * sizeof(float));
+  void operator()(const Block& block, float* scores, float* reciprocals) const {
+    const int64_t pitch = attention_padded(p.queries);
+    for (int64_t q = 0; q < block.lanes; q += 16) {
+      Lanes largest, sum;
+      exponentials(scores + q, p.keys, added, bias == nullptr ? nullptr : bias + block.first + q, pitch, largest, sum);
+      finish_softmax(block, q, largest, sum, reciprocals, lse);
+    }
   }
-}
-
-// The queries of a block as rows and, times the scale, as columns.
-void read_down(const PackedAttention& p, const Heads& from, int64_t b, int64_t h, const Block& block, float factor,
-               bool keep_rows, float* rows, float* down) {
-  const int64_t width = attention_padded(p.width);
-  Matrix source = {static_cast<const float*>(from.data) + b * from.batch + block.first * from.token + h * from.head,
-                   from.token};
-  if (keep_rows || p.element != static_cast<int>(Element::f32) || width != p.width) {
-    read_panel(from, p.element, b, h, block.first, block.count, p.width, rows, width);
-    source = {rows, width};
-  }
-  transpose_panel(source, block.count, width, factor, down, kBlock);
-}
+};
 
 void forward(const PackedAttention& p, int64_t b, int64_t h, Room& room) {
-  const int64_t width = attention_padded(p.width);
-  const Matrix k = rows_of(p.k, p.element, b, h, p.keys, p.width, room.k, width);
-  read_panel(p.v, p.element, b, h, 0, p.keys, p.width, room.v, width);
-  const float *added = key_terms(p, b, room), *bias = bias_terms(p, b, h, room);
-  in_blocks(p.queries, [&](const Block& block) {
-    float reciprocals[kBlock];
-    read_down(p, p.q, b, h, block, p.scale, false, room.queries, room.queries_down);
-    product<Left::across>(k, p.keys, {room.queries_down, kBlock}, p.width, block.lanes, false, room.scores, kBlock);
-    softmax(p, block, added, bias, room.scores, reciprocals, p.lse + (b * p.heads + h) * p.queries);
-    product<Left::down>({room.scores, kBlock}, block.count, {room.v, width}, p.keys, width, false, room.result, width);
-    write_panel(room.result, width, reciprocals, 1.0f, p.out, p.element, b, h, block.first, block.count, p.width);
-  });
-}
-
-// Exponentials to weights, and the gradients of weights to those of scores, for sixteen queries.
-FASTMIM_INLINE void differentiate_softmax(float* scores, float* slopes, int64_t keys, const Lanes& reciprocals) {
-  Lanes x, y, mean = {};
-  for (int64_t first = 0; first < keys; first += 16) {
-    Lanes some = {};
-    for (int64_t k = first; k < least(first + 16, keys); ++k) {
-      load(scores + k * kBlock, x);
-      load(slopes + k * kBlock, y);
-      x *= reciprocals;
-      store(scores + k * kBlock, x);
-      some += x * y;
-    }
-    mean += some;
-  }
-  for (int64_t k = 0; k < keys; ++k) {
-    load(scores + k * kBlock, x);
-    load(slopes + k * kBlock, y);
-    y = x * (y - mean);
-    store(slopes + k * kBlock, y);
-  }
+  const Softmax softmax = {p, key_terms(p, b, room), bias_terms(p, b, h, room), p.lse + (b * p.heads + h) * p.queries};
+  forward_head(p, b, h, room, softmax);
 }
 
 void add_bias_gradient(const PackedAttention& p, const Block& block, const float* slopes, bool add, float* to) {
@@ -243,39 +128,10 @@ void add_bias_gradient(const PackedAttention& p, const Block& block, const float
 
 // `bias_gradient` [Nk, padded Nq] or null; the gradient of this head of this image is added to it or put there.
 void backward(const PackedAttention& p, int64_t b, int64_t h, float* bias_gradient, bool add, Room& room) {
-  const int64_t width = attention_padded(p.width);
-  read_panel(p.k, p.element, b, h, 0, p.keys, p.width, room.k, width);
-  const Matrix v = rows_of(p.v, p.element, b, h, p.keys, p.width, room.v, width);
-  const float *added = key_terms(p, b, room), *bias = bias_terms(p, b, h, room);
-  if (p.queries == 0) {
-    memset(room.k_gradient, 0, static_cast<size_t>(p.keys * width) * sizeof(float));
-    memset(room.v_gradient, 0, static_cast<size_t>(p.keys * width) * sizeof(float));
-  }
-  in_blocks(p.queries, [&](const Block& block) {
-    float reciprocals[kBlock];
-    const bool more = block.first > 0;
-    read_down(p, p.q, b, h, block, p.scale, true, room.queries, room.queries_down);
-    read_down(p, p.out_gradient, b, h, block, 1.0f, true, room.out_gradient, room.out_gradient_down);
-    product<Left::across>({room.k, width}, p.keys, {room.queries_down, kBlock}, p.width, block.lanes, false,
-                          room.scores, kBlock);
-    product<Left::across>(v, p.keys, {room.out_gradient_down, kBlock}, p.width, block.lanes, false, room.slopes,
-                          kBlock);
-    softmax(p, block, added, bias, room.scores, reciprocals, nullptr);
-    for (int64_t q = 0; q < block.lanes; q += 16) {
-      Lanes some;
-      load(reciprocals + q, some);
-      differentiate_softmax(room.scores + q, room.slopes + q, p.keys, some);
-    }
-    if (bias_gradient != nullptr) add_bias_gradient(p, block, room.slopes, add, bias_gradient);
-    product<Left::across>({room.scores, kBlock}, p.keys, {room.out_gradient, width}, block.count, width, more,
-                          room.v_gradient, width);
-    product<Left::across>({room.slopes, kBlock}, p.keys, {room.queries, width}, block.count, width, more,
-                          room.k_gradient, width);
-    product<Left::down>({room.slopes, kBlock}, block.count, {room.k, width}, p.keys, width, false, room.result, width);
-    write_panel(room.result, width, nullptr, p.scale, p.q_gradient, p.element, b, h, block.first, block.count, p.width);
+  const Softmax softmax = {p, key_terms(p, b, room), bias_terms(p, b, h, room), nullptr};
+  backward_head(p, b, h, room, softmax, [&](const Block& block, const float* slopes) {
+    if (bias_gradient != nullptr) add_bias_gradient(p, block, slopes, add, bias_gradient);
   });
-  write_panel(room.k_gradient, width, nullptr, p.scale, p.k_gradient, p.element, b, h, 0, p.keys, p.width);
-  write_panel(room.v_gradient, width, nullptr, 1.0f, p.v_gradient, p.element, b, h, 0, p.keys, p.width);
 }
 
 // Sixteen queries of a bias gradient: the sum of `parts` panels [Nk, padded Nq], `apart` from one another, to rows.
@@ -284,7 +140,8 @@ void write_bias_gradient(const PackedAttention& p, const float* from, int64_t pa
                          T* to) {
   const int64_t pitch = attention_padded(p.queries);
   for (int64_t k = 0; k < p.keys; k += 16) {
-    float sums[256], square[256];
+    alignas(64) float sums[256];
+    alignas(64) float square[256];
     const int64_t columns = least(16, p.keys - k);
     for (int64_t j = 0; j < columns; ++j) {
       const float* at = from + (k + j) * pitch + query;

@@ -39,7 +39,7 @@ static inline int64_t attention_parts(const PackedAttention& p) {
   return parts < p.batch ? parts : p.batch;
 }
 constexpr int64_t kAttentionQueries = 64;  // handled together
-// Floats for one thread: see Room in packed_attention.cpp.
+// Floats for one thread: see Room in attention_head.h.
 static inline int64_t attention_scratch(const PackedAttention& p) {
   const int64_t width = attention_padded(p.width), block = kAttentionQueries;
   const int64_t biases = p.bias == nullptr ? 0 : p.keys * attention_padded(p.queries);

@@ -15,6 +15,7 @@ from fastmim.ops.random_mask import Masks, random_mask
 from fastmim.ops.rows_batch_norm import rows_batch_norm
 from fastmim.ops.tile_index import TileIndex
 from fastmim.ops.tiles import gather_tiles, scatter_tiles
+from fastmim.ops.topk_attention import topk_attention
 from fastmim.ops.unmix import unmix
 from fastmim.ops.visible_patch_embed import visible_patch_embed
 
@@ -39,6 +40,7 @@ __all__ = [
     "random_mask",
     "rows_batch_norm",
     "scatter_tiles",
+    "topk_attention",
     "unmix",
     "unpatchify",
     "upsample_mask",
