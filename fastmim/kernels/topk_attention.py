@@ -238,10 +238,14 @@ def _backward(
 
 # fp32 products run without matrix units and hold whole operands in registers, so their tiles are small.
 def _choose_tiles(width: int, tokens: int, precise: bool) -> tuple[dict[str, int], int]:
-    """(blocks, warps)."""
+    """(blocks, warps). Above 512 tokens half precision is widened (_widens): matrix units would spill there."""
     block = max(triton.next_power_of_2(tokens), 32)
     chunk = 16 if precise or block > 512 else min(triton.next_power_of_2(width), 64)
     return {"CHUNK": chunk, "BLOCK_M": 16, "BLOCK_N": block}, 16 if block > 512 else 8 if precise or block > 256 else 4
+
+
+def _widens(tokens: int) -> bool:
+    return tokens > 512
 
 
 def _forward_tiles(width: int, precise: bool) -> tuple[dict[str, int], int, int]:
@@ -279,7 +283,8 @@ def forward(
     blocks, warps = _choose_tiles(width, tokens, precise)
     _choose[(batch * heads * triton.cdiv(tokens, blocks["BLOCK_M"]),)](
         q, k, chosen if segments is None else segments, lse, chosen, tally, *q.stride()[:3], *k.stride()[:3],
-        heads, tokens, num_prefix_tokens, words, kept, scale, width, segments is not None, "ieee", INTERPRETED,
+        heads, tokens, num_prefix_tokens, words, kept, scale, width, segments is not None, "ieee",
+        INTERPRETED or _widens(tokens),
         **blocks, num_warps=warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     blocks, warps, stages = _forward_tiles(width, precise)
@@ -327,7 +332,7 @@ def _config(kernel: Any, element: str, width: int, blocks: dict[str, int], warps
 def _configs(element: str, width: int, tokens: int) -> list[Config]:
     precise = element == "fp32"
     return [
-        _config(_choose, element, width, *_choose_tiles(width, tokens, precise), SEGMENTS=True),
+        _config(_choose, element, width, *_choose_tiles(width, tokens, precise), SEGMENTS=True, UPCAST=_widens(tokens)),
         _config(_forward, element, width, *_forward_tiles(width, precise)),
         _config(_backward, element, width, *_backward_tiles(width, precise)),
     ]
@@ -335,7 +340,7 @@ def _configs(element: str, width: int, tokens: int) -> list[Config]:
 
 AHEAD_OF_TIME = [
     *[c for width in (32, 64, 80, 128) for c in _configs("bf16", width, 197)],
-    *[c for tokens in (50, 1024) for c in _configs("fp16", 64, tokens)[:1]],
+    *[c for tokens in (50, 128, 512, 1024) for c in _configs("fp16", 64, tokens)[:1]],
     *[c for width in (32, 64, 128) for c in _configs("fp32", width, 197)],
-    *[c for tokens in (50, 1024) for c in _configs("fp32", 64, tokens)[:1]],
+    *[c for tokens in (50, 128, 512, 1024) for c in _configs("fp32", 64, tokens)[:1]],
 ]
