@@ -45,9 +45,8 @@ void add_cell(const DepthwiseTile& tile, const float* cell) {
             f(sums[y][o], out + (from * T + decltype(to)::value) * out_pitch);
         });
       };
-      for_sums([&](Vec& sum, const float* at) FASTMIM_INLINE_LAMBDA {
-        sum = load_vec(first ? weight + K * K * kWidth : at);
-      });
+      // What a cell gives is summed by itself first: short sums of sums keep more digits than one long sum.
+      for_sums([&](Vec& sum, const float*) FASTMIM_INLINE_LAMBDA { sum = Vec{}; });
       unroll<T * T>([&](auto position) FASTMIM_INLINE_LAMBDA {
         constexpr int row = decltype(position)::value / T, i = decltype(position)::value % T;
         constexpr bool upper = meets<T, K, Down>(from, row), lower = meets<T, K, Down>(from + 1, row);
@@ -62,7 +61,9 @@ void add_cell(const DepthwiseTile& tile, const float* cell) {
           });
         }
       });
-      for_sums([&](const Vec& sum, float* at) FASTMIM_INLINE_LAMBDA { store_vec(at, sum); });
+      for_sums([&](const Vec& sum, float* at) FASTMIM_INLINE_LAMBDA {
+        store_vec(at, load_vec(first ? weight + K * K * kWidth : at) + sum);
+      });
     });
 }
 
