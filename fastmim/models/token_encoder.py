@@ -103,7 +103,13 @@ class TokenEncoder(Encoder):
         return self._map(self._encode(images, insert=insert, at=index))
 
     def forward_replaced(
-        self, images: Tensor, token: Tensor, ids_keep: Tensor, ids_restore: Tensor, *, collapse_keys: bool = False
+        self,
+        images: Tensor,
+        token: Tensor,
+        ids_keep: Tensor,
+        ids_restore: Tensor,
+        *,
+        collapse_keys: bool | None = None,
     ) -> Tensor:
         """`forward_map` of patch tokens that `token` replaces, right after the patch embedding, where they are removed.
 
@@ -117,7 +123,8 @@ class TokenEncoder(Encoder):
             ids_restore: [B, N] int64, the place of each patch in `ids_keep`, or K and more where it is removed; a
                 permutation in each image.
             collapse_keys: let one key stand for all removed patches in the first attention. Refused with absolute
-                positions.
+                positions. None does so where there is no relative bias either: gathering the bias for each image costs
+                more than the keys.
 
         Returns:
             [B, D, gh, gw].
@@ -140,7 +147,7 @@ class TokenEncoder(Encoder):
                 ids_restore,
                 num_prefix_tokens=prefix,
                 bias=bias,
-                collapse_keys=collapse_keys,
+                collapse_keys=positions is None and bias is None if collapse_keys is None else collapse_keys,
             )
             x = first.finish(x, attended)
         else:  # each removed position of each image has a vector of its own
