@@ -14,7 +14,12 @@ from fastmim.ops.masked_patch_loss import ELEMENTS
 __all__ = ["ELEMENTS", "WIDTHS", "attention_backends"]
 
 WIDTHS = (32, 40, 48, 64, 80, 96, 128)  # head widths that the kernels take
-attention_backends = Backends("packed_attention", cpu="packed_attention", dtypes={"cpu": ELEMENTS, "triton": ELEMENTS})
+attention_backends = Backends(
+    "packed_attention",
+    cpu="packed_attention",
+    triton="fastmim.kernels.packed_attention",
+    dtypes={"cpu": ELEMENTS, "triton": ELEMENTS},
+)
 _SCORES = "Tensor? bias, Tensor? key_log_count, Tensor? key_mask, float scale"
 torch.library.define("fastmim::packed_attention", f"(Tensor qkv, {_SCORES}, str backend) -> (Tensor out, Tensor lse)")
 torch.library.define(
@@ -68,7 +73,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """q [B, Nq, H, D], k and v [B, Nk, H, D], dense only along D; bias [B or 1, H, Nq, Nk], its first dimension being 1
     where all images share it."""
-    out, lse = _outputs(q)
+    out, lse = _outputs(q, backend)
     bias, key_log_count, key_mask = _dense_scores(bias, key_log_count, key_mask)
     if backend == "triton":
         attention_backends.triton().forward(q, k, v, bias, key_log_count, key_mask, scale, out, lse)
@@ -100,11 +105,13 @@ def _backward(grad_out: Tensor, inputs: Any, others: Any, gradients: Any, larges
     return grad_bias
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Not yet written: the result, dense, and the log of each row's sum of exponentials [B, H, Nq], which is infinity
-    where no key is left, so that every weight computed from it is zero."""
+def _outputs(q: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Not yet written: the result, dense, and what is kept of each row's softmax, fp32. CPU: the log of its sum
+    [B, H, Nq], which is infinity where no key is left. Triton, whose backward pass goes by it: [2, B, H, Nq], the
+    largest score and 1 / sum of exponentials."""
     batch, queries, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=torch.float32)
+    kept = (batch, heads, queries)
+    return q.new_empty(q.shape), q.new_empty((2, *kept) if backend == "triton" else kept, dtype=torch.float32)
 
 
 def _bias_gradient(like: Tensor, bias: Tensor | None, wanted: bool) -> Tensor:
@@ -155,13 +162,13 @@ def _cpu_inputs(
 
 
 @torch.library.register_fake("fastmim::packed_attention")
-def _fake_packed(qkv: Tensor, *scores: object) -> tuple[Tensor, Tensor]:
-    return _outputs(qkv[:, :, 0])
+def _fake_packed(qkv: Tensor, *scores: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(qkv[:, :, 0], scores[-1])
 
 
 @torch.library.register_fake("fastmim::attention")
-def _fake_apart(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    return _outputs(q)
+def _fake_apart(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(q, others[-1])
 
 
 @torch.library.register_fake("fastmim::packed_attention_backward")
