@@ -72,10 +72,10 @@ def create_trainer(cfg: TrainConfig, place: Place, run: "RunFolder", source: "So
     from fastmim.engine import Trainer
 
     steps_per_epoch = max(1, len(source) // cfg.batch_size)
-    encoder = method.encoder
+    encoder, views = method.encoder, method.view_specs(cfg.size)
     return Trainer(
         method,
-        lambda step: create_loader(source, cfg.data, cfg.size, cfg.batch_size, cfg.seed, start_step=step),
+        lambda step: create_loader(source, cfg.data, cfg.size, cfg.batch_size, cfg.seed, start_step=step, views=views),
         run,
         cfg.optim,
         cfg.engine,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmim.data.config import DataConfig
 from fastmim.data.errors import BadDataError, DataError, WorkerError
+from fastmim.data.views import ViewSpec
 
 if TYPE_CHECKING:
     from fastmim.data.evaluation import eval_batches, split
@@ -28,6 +29,7 @@ __all__ = [
     "RawBatch",
     "Source",
     "TrainLoader",
+    "ViewSpec",
     "WorkerError",
     "create_loader",
     "create_source",

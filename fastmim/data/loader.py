@@ -7,8 +7,8 @@ a source smaller than a batch simply comes round again, and to resume is to star
 
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol, Self
 
@@ -23,6 +23,7 @@ from fastmim.data.errors import DataError
 from fastmim.data.pipeline import TrainRow
 from fastmim.data.pixels import normalise
 from fastmim.data.sources import Source
+from fastmim.data.views import ViewSpec
 from fastmim.data.workers import Batches, Task, create_batches
 
 _log = logging.getLogger("fastmim.data")
@@ -37,12 +38,14 @@ class RawBatch:
     indices: [B] int64, the images in it, after replacements.
     replaced: unreadable images replaced since the start of the run, in this process's batches, this one included.
         An image that is met again counts again.
+    views: the further views of the same images, by name, as `images` is; `images` is the first view.
     """
 
     images: Tensor
     labels: Tensor | None
     indices: Tensor
     replaced: int
+    views: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Loader(Protocol):
@@ -72,6 +75,7 @@ class TrainLoader:
         seed: with the step, decides everything.
         rank, world_size: which part of each batch is ours.
         start_step: first step to give.
+        views: crops to make of every image, the first being `images`; one of `img_size` when empty.
 
     Raises:
         DataError: a batch that cannot be shared equally among the processes.
@@ -89,6 +93,7 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
+        views: Sequence[ViewSpec] = (),
     ) -> None:
         cfg.check()
         if batch_size < 1 or batch_size % world_size:
@@ -107,8 +112,10 @@ class TrainLoader:
         self._first = rank * self._share
         self._ahead = cfg.prefetch
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, epoch, len(source)))
-        self._make = TrainRow(source, cfg, img_size, seed)
-        self._shape = (self._share, source.in_chans, *img_size)
+        self._make = TrainRow(source, cfg, img_size, seed, views)
+        self._shapes = {view.name: (source.in_chans, *view.size) for view in self._make.views}
+        flat = (sum(int(np.prod(shape)) for shape in self._shapes.values()),)
+        self._shape = (self._share, *((source.in_chans, *img_size) if len(self._shapes) == 1 else flat))
         self._budget = Budget(source, cfg)
         self._batches: Batches | None = None
         self._asked = start_step
@@ -129,10 +136,18 @@ class TrainLoader:
             self._budget.record(row)
         indices = np.array([row.image for row in made], dtype=np.int64)
         labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[indices])
-        images = torch.from_numpy(pixels)
-        # Either way a copy: the slot is filled again by the next call.
-        images = images.clone() if self._output == "uint8" else normalise(images, self.mean, self.std)
-        return RawBatch(images, labels, torch.from_numpy(indices), self._budget.replaced)
+        images, *others = self._views(torch.from_numpy(pixels))
+        views = dict(zip(list(self._shapes)[1:], others, strict=True))
+        return RawBatch(images, labels, torch.from_numpy(indices), self._budget.replaced, views)
+
+    def _views(self, rows: Tensor) -> list[Tensor]:
+        """Every view of the batch, as a copy: the slot is filled again by the next call."""
+        shapes = list(self._shapes.values())
+        parts = rows.flatten(1).split([int(np.prod(shape)) for shape in shapes], dim=1)
+        views = [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+        if self._output == "float32":
+            return [normalise(view, self.mean, self.std) for view in views]
+        return [view.clone(memory_format=torch.contiguous_format) for view in views]
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands: JSON; batches that were made ahead but not given count as not made."""
@@ -178,9 +193,10 @@ def create_loader(
     rank: int = 0,
     world_size: int = 1,
     start_step: int = 0,
+    views: Sequence[ViewSpec] = (),
 ) -> Loader:
     """The training loader that `cfg` asks for; arguments as `TrainLoader` has them."""
-    return TrainLoader(source, cfg, img_size, batch_size, seed, rank, world_size, start_step)
+    return TrainLoader(source, cfg, img_size, batch_size, seed, rank, world_size, start_step, views)
 
 
 def workers_for(source: Source, cfg: DataConfig) -> int:

@@ -1,11 +1,11 @@
 """From an image of a source to the [C, H, W] bytes of one row of a batch.
 
-Legend: C channels, H W size of the output.
+Legend: C channels, H W size of the output. Where a row holds several views, it is flat: one view after the other.
 
 A row is made in whatever process is asked; it depends on nothing but (seed, epoch, index) and the files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from fastmim.data.config import DataConfig
 from fastmim.data.decode import decode, shrink_for, upright_size
 from fastmim.data.draws import Box, draw_crop, draw_flip, draw_replacement
 from fastmim.data.sources import Source
+from fastmim.data.views import ViewSpec, check_views
 
 MOST_IN_A_ROW = 100
 
@@ -30,7 +31,7 @@ class Made(NamedTuple):
 
 
 class MakeRow(Protocol):
-    """Writes image `index` as pass `epoch` shows it into `out`, [C, H, W] uint8."""
+    """Writes image `index` as pass `epoch` shows it into `out`, [C, H, W] uint8, or flat for several views."""
 
     def __call__(self, out: NDArray[np.uint8], epoch: int, index: int) -> Made: ...
 
@@ -51,38 +52,80 @@ class _Resizing:
         image = self.source.open(index)
         box = box_for(upright_size(image))
         pixels, shrunk = decode(image, self.source.in_chans, shrink_for(box[2:], self.size))
+        return self.resized(pixels, shrunk, box, self.size)
+
+    def resized(
+        self,
+        pixels: Image.Image,
+        shrunk: float,
+        box: tuple[float, float, float, float],
+        size: tuple[int, int],
+    ) -> NDArray[np.uint8]:
         left, top, width, height = (side / shrunk for side in box)
         # Rounding may put the far edges past the image by an ulp, which Pillow refuses.
         edges = (left, top, min(left + width, pixels.width), min(top + height, pixels.height))
-        return np.asarray(pixels.resize(self.size, self.filter, box=edges))
+        return np.asarray(pixels.resize(size, self.filter, box=edges))
 
 
 class TrainRow(_Resizing):
     """Random crop, resize with antialias, flip. An unreadable image is replaced by others that are drawn for it."""
 
-    def __init__(self, source: Source, cfg: DataConfig, img_size: tuple[int, int], seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        cfg: DataConfig,
+        img_size: tuple[int, int],
+        seed: int,
+        views: Sequence[ViewSpec] = (),
+    ) -> None:
         super().__init__(source, cfg, img_size)
+        self.views = check_views(views, img_size)
         self.seed = seed
         self.scale, self.ratio, self.flip = source.scale, cfg.ratio, source.flip
 
     def __call__(self, out: NDArray[np.uint8], epoch: int, index: int) -> Made:
-        def box_for(size: tuple[int, int]) -> Box:
-            return draw_crop(self.seed, epoch, index, size, self.scale, self.ratio)
-
         bad: list[tuple[int, str]] = []
         chosen = index
         for attempt in range(MOST_IN_A_ROW):
             try:
-                pixels = self.cropped(chosen, box_for)
+                crops = self.crops(chosen, epoch, index)
             except Exception as error:  # readers of damaged files raise anything
                 bad.append((chosen, f"{type(error).__name__}: {error}"))
                 chosen = draw_replacement(self.seed, epoch, index, attempt, len(self.source))
                 continue
-            if self.flip and draw_flip(self.seed, epoch, index):
-                pixels = pixels[:, ::-1]
-            _store(out, pixels)
+            start = 0
+            for view, pixels in zip(self.views, crops, strict=True):
+                shape = (self.source.in_chans, *view.size)
+                count = shape[0] * shape[1] * shape[2]
+                _store(out if out.ndim == 3 else out[start : start + count].reshape(shape), pixels)
+                start += count
             return Made(chosen, tuple(bad))
         return Made(-1, tuple(bad))
+
+    def crops(self, chosen: int, epoch: int, index: int) -> list[NDArray[np.uint8]]:
+        """Image `chosen`, decoded once, as the views of what was to be image `index`."""
+        image = self.source.open(chosen)
+        drawn = self.draw(upright_size(image), epoch, index)
+        sizes = [(view.size[1], view.size[0]) for view in self.views]
+        shrink = min(shrink_for(box[2:], size) for (box, _), size in zip(drawn, sizes, strict=True))
+        pixels, shrunk = decode(image, self.source.in_chans, shrink)
+        crops = (
+            self.resized(pixels, shrunk, box, size)[:, :: -1 if flip else 1]
+            for (box, flip), size in zip(drawn, sizes, strict=True)
+        )
+        return list(crops)
+
+    def draw(self, size: tuple[int, int], epoch: int, index: int) -> list[tuple[Box, bool]]:
+        """Box and flip of every view of an image of `size` (width, height)."""
+        drawn: dict[str, tuple[Box, bool]] = {}
+        for number, view in enumerate(self.views):
+            if view.crop is not None:
+                drawn[view.name] = drawn[view.crop]
+                continue
+            scale = self.scale if view.scale is None else view.scale
+            box = draw_crop(self.seed, epoch, index, size, scale, self.ratio, number)
+            drawn[view.name] = box, self.flip and draw_flip(self.seed, epoch, index, number)
+        return list(drawn.values())
 
 
 class EvalRow(_Resizing):

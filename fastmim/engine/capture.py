@@ -7,7 +7,7 @@ counts itself, rates are filled in before each replay, masks are drawn from (see
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 WARMUP = 3  # eager steps before a capture: lazy initialisation, optimiser state, choice of kernels
 WARMUP_DDP = 11  # DistributedDataParallel settles its buckets and its statistics in ten
+_VIEW = "view "  # before the name of a view among the inputs
 MOST_FORMS = 4  # graphs that are kept; each holds the memory of a step
 
 Replay = Callable[[], None]
@@ -87,7 +88,7 @@ def why_no_graph(wanted: str, device: torch.device, optimizer: torch.optim.Optim
 class _Form:
     """One form of input: its buffers, and once captured its graph."""
 
-    buffers: list[Tensor | None]
+    buffers: dict[str, Tensor | None]
     eager_steps: int = 0
     replay: Replay | None = None
     output: StepOutput | None = None
@@ -115,23 +116,32 @@ class GraphedStep:
         step.weight_cache = False
 
     def __call__(
-        self, images: Tensor, labels: Tensor | None, indices: Tensor | None, step: int, *, pictures: bool = False
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        indices: Tensor | None,
+        step: int,
+        *,
+        views: Mapping[str, Tensor] | None = None,
+        pictures: bool = False,
     ) -> StepOutput:
         """Do step `step`, as `TrainStep` does."""
-        inputs = [images, labels, indices]
+        inputs: dict[str, Tensor | None] = {"images": images, "labels": labels, "indices": indices}
+        inputs |= {f"{_VIEW}{name}": view for name, view in (views or {}).items()}
         form = self._form_of(inputs)
         self.step.begin(step)
         if form is None:
-            return self.step.run(images, labels, indices, pictures=pictures)
+            return self.step.run(images, labels, indices, views=views, pictures=pictures)
         if form.replay is None and form.eager_steps < self._warmup:
             form.eager_steps += 1
             with self._graphs.warm_up():
-                return self.step.run(images, labels, indices, pictures=pictures)
-        for buffer, tensor in zip(form.buffers, inputs, strict=True):
+                return self.step.run(images, labels, indices, views=views, pictures=pictures)
+        for name, tensor in inputs.items():
+            buffer = form.buffers[name]
             if buffer is not None and tensor is not None:
                 buffer.copy_(tensor, non_blocking=True)
         if form.replay is None and not self._capture(form):
-            return self.step.run(images, labels, indices, pictures=pictures)
+            return self.step.run(images, labels, indices, views=views, pictures=pictures)
         assert form.replay is not None
         assert form.output is not None
         assert form.norms is not None
@@ -140,11 +150,13 @@ class GraphedStep:
         return form.output if pictures else replace(form.output, pictures=None)
 
     def _capture(self, form: _Form) -> bool:
-        images, labels, indices = form.buffers
+        buffers = dict(form.buffers)
+        images, labels, indices = (buffers.pop(name) for name in ("images", "labels", "indices"))
+        views = {name.removeprefix(_VIEW): view for name, view in buffers.items() if view is not None}
         assert images is not None
         try:
             form.replay, form.output = self._graphs.capture(
-                lambda: self.step.run(images, labels, indices, pictures=True)
+                lambda: self.step.run(images, labels, indices, views=views, pictures=True)
             )
         except RuntimeError as error:
             first_line = str(error).strip().partition("\n")[0]
@@ -155,21 +167,23 @@ class GraphedStep:
         logger.info("The step on images %s is captured as a graph.", list(images.shape))
         return True
 
-    def _form_of(self, inputs: list[Tensor | None]) -> _Form | None:
+    def _form_of(self, inputs: dict[str, Tensor | None]) -> _Form | None:
         """The form of these inputs; None where they are to run eagerly."""
         if self.reason:
             return None
-        for name, tensor in zip(("images", "labels", "indices"), inputs, strict=True):
+        for name, tensor in inputs.items():
             if tensor is not None and tensor.device != self.step.device:
                 raise ValueError(f"a captured step on {self.step.device} was given {name} on {tensor.device}")
-        key = (*(_form(tensor) for tensor in inputs), *self._settings())
+        key = (*((name, _form(tensor)) for name, tensor in inputs.items()), *self._settings())
         form = self._forms.get(key)
         if form is None:
             if len(self._forms) == MOST_FORMS:
-                shapes = [None if tensor is None else list(tensor.shape) for tensor in inputs]
+                shapes = [None if tensor is None else list(tensor.shape) for tensor in inputs.values()]
                 self._give_up(f"inputs came in more than {MOST_FORMS} forms, the newest of shapes {shapes}", None)
                 return None
-            form = self._forms[key] = _Form([None if tensor is None else tensor.clone() for tensor in inputs])
+            form = self._forms[key] = _Form(
+                {name: None if tensor is None else tensor.clone() for name, tensor in inputs.items()}
+            )
         return form
 
     def _settings(self) -> tuple:

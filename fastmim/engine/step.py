@@ -4,7 +4,7 @@ So a step can be captured as a graph (`fastmim.engine.capture`): what changes fr
 that `begin` fills (the index of the step, and by the optimiser's `set_lr` the rates), everything else is fixed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,7 @@ class TrainStep:
     Args:
         agree: given a flag on the device (0 or 1, fp32), makes it 1 in all processes where it is 1 in any: a step that
             is bad for one process is then bad for all. None where there is only one.
+        schedules: the method's own, by name; `begin` fills in what they say of a step.
         weight_cache: whether autocast may keep a weight's bf16 copy for its second use in a step; not under a graph.
     """
 
@@ -58,6 +59,7 @@ class TrainStep:
         ema: Ema | None,
         agree: Callable[[Tensor], None] | None = None,
         weight_cache: bool = True,
+        schedules: Mapping[str, Callable[[int], float]] | None = None,
     ) -> None:
         self.method, self.optimizer, self.optim, self.ema = method, optimizer, optim, ema
         self.precision, self.device, self.stop = precision, device, stop
@@ -67,6 +69,8 @@ class TrainStep:
         self.rng = [torch.tensor([seed, 0, i * micro_batch], device=device) for i in range(optim.accumulate)]
         self.micro_batch = micro_batch
         self.index = torch.zeros((), dtype=torch.int64, device=device)  # of the step to do; counts by itself
+        self._schedules = dict(schedules or {})
+        self.scheduled = {name: torch.zeros((), device=device) for name in self._schedules}
         self._next = 0  # the same, as far as the host knows
         self._spoil = torch.ones(2, device=device) if injecting() else None  # for tests: factors of loss and gradient
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)
@@ -76,28 +80,43 @@ class TrainStep:
         self._kept = [buffer.clone() for buffer in self._buffers]
 
     def __call__(
-        self, images: Tensor, labels: Tensor | None, indices: Tensor | None, step: int, *, pictures: bool = False
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        indices: Tensor | None,
+        step: int,
+        *,
+        views: Mapping[str, Tensor] | None = None,
+        pictures: bool = False,
     ) -> StepOutput:
         """Do step `step` (counted from 0) on a normalised batch that lies on the device."""
         self.begin(step)
-        return self.run(images, labels, indices, pictures=pictures)
+        return self.run(images, labels, indices, views=views, pictures=pictures)
 
     def begin(self, step: int) -> None:
         """What the host has to say of step `step`, into device tensors. Before each `run`, captured or not."""
         if step != self._next:
             self.index.fill_(step)
         self._next = step + 1
+        for name, value in self.scheduled.items():
+            value.fill_(self._schedules[name](step))
         spoilt = [inject("loss", step + 1), inject("grad", step + 1)]
         if self._spoil is not None:
             self._spoil.copy_(torch.tensor([float("nan") if bad else 1.0 for bad in spoilt]))
 
     def run(
-        self, images: Tensor, labels: Tensor | None, indices: Tensor | None, *, pictures: bool = False
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        indices: Tensor | None,
+        *,
+        views: Mapping[str, Tensor] | None = None,
+        pictures: bool = False,
     ) -> StepOutput:
         """The step that `begin` announced."""
         if self._buffers:
             torch._foreach_copy_(self._kept, self._buffers)
-        output = self._gradients(images, labels, indices, pictures)
+        output = self._gradients(images, labels, indices, views or {}, pictures)
         gradients = [parameter.grad for _, parameter in self.named if parameter.grad is not None]
         norms, total = gradient_norms(gradients)
         self.norms = list(zip((n for n, p in self.named if p.grad is not None), norms, strict=True))
@@ -126,7 +145,14 @@ class TrainStep:
         self.index.add_(1)
         return output
 
-    def _gradients(self, images: Tensor, labels: Tensor | None, indices: Tensor | None, pictures: bool) -> StepOutput:
+    def _gradients(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        indices: Tensor | None,
+        views: Mapping[str, Tensor],
+        pictures: bool,
+    ) -> StepOutput:
         """Forward and backward over the micro-batches."""
         self.optimizer.zero_grad(set_to_none=True)
         count = self.optim.accumulate
@@ -135,7 +161,12 @@ class TrainStep:
             rng[1].copy_(self.index)
             rows = slice(i * self.micro_batch, (i + 1) * self.micro_batch)
             batch = Batch(
-                images[rows], rng, None if labels is None else labels[rows], None if indices is None else indices[rows]
+                images[rows],
+                rng,
+                None if labels is None else labels[rows],
+                None if indices is None else indices[rows],
+                {name: view[rows] for name, view in views.items()},
+                self.scheduled,
             )
             with autocast(self.precision, self.device, cache=self.weight_cache):
                 output = self.method(batch)

@@ -104,6 +104,7 @@ class Trainer:
             micro_batch=batch_size // optim.accumulate,
             stop=engine.nonfinite == "stop",
             ema=ema,
+            schedules=self.method.schedules(total_steps, steps_per_epoch),
         )
         self.do_step = self._runner()
         self.log_every = in_steps(log.every, steps_per_epoch)
@@ -204,7 +205,12 @@ class Trainer:
         done = step + 1
         draw = done == self.total_steps or bool(self.pictures_every and done % self.pictures_every == 0)
         output = self.do_step(
-            self._normalised(raw.images), self._moved(raw.labels), self._moved(raw.indices), step, pictures=draw
+            self._normalised(raw.images),
+            self._moved(raw.labels),
+            self._moved(raw.indices),
+            step,
+            views={name: self._normalised(view) for name, view in raw.views.items()},
+            pictures=draw,
         )
         self.result.step += 1
         self.result.steps += 1

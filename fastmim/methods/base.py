@@ -23,6 +23,10 @@ class Batch:
     """[B] int64 class labels; no method here learns from them."""
     indices: Tensor | None = None
     """[B] int64 positions of the images in their source."""
+    views: dict[str, Tensor] = field(default_factory=dict)
+    """Further views of the same images, by name, [B, C, h, w] each; `images` is the first view."""
+    schedules: dict[str, Tensor] = field(default_factory=dict)
+    """What `Method.schedules` gives at this step: 0-dim fp32 tensors on the device."""
 
     @property
     def size(self) -> int:
@@ -37,6 +41,8 @@ class Batch:
             self.rng.to(device, non_blocking=non_blocking),
             move(self.labels),
             move(self.indices),
+            {name: view.to(device, non_blocking=non_blocking) for name, view in self.views.items()},
+            {name: value.to(device, non_blocking=non_blocking) for name, value in self.schedules.items()},
         )
 
 
@@ -96,6 +102,14 @@ class Method(nn.Module):
 
         `step` is the step's index, an int64 scalar on the device: the call is part of a captured step.
         """
+
+    def view_specs(self, img_size: tuple[int, int]) -> tuple[Any, ...]:
+        """`fastmim.data.ViewSpec` of each view that a batch is to carry, the first being `images`; empty: only that."""
+        return ()
+
+    def schedules(self, total_steps: int, steps_per_epoch: int) -> dict[str, Callable[[int], float]]:
+        """Name -> value at each step (counted from 0), found in `Batch.schedules`: momentum, temperatures."""
+        return {}
 
     def lr_scales(self) -> dict[str, float]:
         """Parameter name -> multiple of the learning rate; names that are absent have 1."""

@@ -162,7 +162,7 @@ def test_labels_and_indices_are_inputs_too():
     runner = GraphedStep(step, FakeGraphs(), warmup=0)
     for i in range(3):
         runner(images(i), torch.full((BATCH,), i), torch.arange(BATCH) + i, i)
-    assert next(iter(runner._forms.values())).buffers[2].tolist() == list(range(2, BATCH + 2))
+    assert next(iter(runner._forms.values())).buffers["indices"].tolist() == list(range(2, BATCH + 2))
 
 
 def test_pictures_show_the_replayed_step():
@@ -276,3 +276,31 @@ def test_compiled_blocks_train_like_eager_ones(method_name):
 def test_nothing_to_compile_is_an_error():
     with pytest.raises(ValueError, match="no repeated blocks"):
         compile_blocks(tiny())
+
+
+class ViewsMethod(TinyMethod):
+    """Adds the mean of a second view, weighted by a schedule."""
+
+    def schedules(self, total_steps, steps_per_epoch):
+        return {"weight": lambda step: step / total_steps}
+
+    def forward(self, batch):
+        output = super().forward(batch)
+        output.loss = output.loss + batch.schedules["weight"] * self.head(batch.views["small"]).mean()
+        return output
+
+
+def test_views_and_schedules_reach_a_replayed_step_fresh():
+    results = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        method = ViewsMethod()
+        step = train_step(method)
+        step._schedules = method.schedules(10, 5)
+        step.scheduled = {"weight": torch.zeros(())}
+        graphs = FakeGraphs()
+        runner = GraphedStep(step, graphs, warmup=1) if captured else step
+        views = [{"small": torch.randn(BATCH, 24, generator=torch.Generator().manual_seed(i))} for i in range(6)]
+        results.append([float(runner(images(i), None, None, i, views=views[i]).loss) for i in range(6)])
+    assert results[0] == results[1]
+    assert graphs.replays == 5
