@@ -97,7 +97,7 @@ def resident_bytes(model: nn.Module) -> int:
 
 def count_flops(plain: nn.Module, images: Tensor) -> int:
     """Of matrix products, convolutions and attention in forward and backward, counted on the plain twin."""
-    few = images[:2]
+    few = images[:4]  # a group of MixedAE
     with FlopCounterMode(display=False) as counter:
         plain(few).backward()
     plain.zero_grad(set_to_none=True)
@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     help = "also a row for each fusion and pruning: our step against our step without it"
     parser.add_argument("--ablate", action="store_true", help=help)
     parser.add_argument("--steps", type=int, default=None, help="measured steps of each side; default: 10, on a GPU 30")
-    parser.add_argument("--quick", action="store_true", help="two images of 32 pixels, one step: does everything run?")
+    parser.add_argument("--quick", action="store_true", help="four images of 32 pixels, one step: does everything run?")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     add_machine_options(parser)
     return parser
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings_given = dict(options.settings)
         sizes = _sizes(options.img_size, options.quick, list_methods())
         pairs = _combinations(options.methods, options.model, sizes, settings_given)
-        batch_size = options.batch_size or (2 if options.quick else 256 if device.type == "cuda" else 16)
+        batch_size = options.batch_size or (4 if options.quick else 256 if device.type == "cuda" else 16)
         if batch_size < 2:
             raise ValueError(f"--batch_size {batch_size}: at least 2 images are needed")
     except (ValueError, RuntimeError) as error:

@@ -147,6 +147,12 @@ def check(cfg: TrainConfig) -> None:
         raise ConfigError(f"epochs: {cfg.epochs:g} is not a number above 0")
     if cfg.batch_size % cfg.optim.accumulate:
         raise ConfigError(f"batch_size: {cfg.batch_size} is not divisible by optim.accumulate {cfg.optim.accumulate}")
+    group, images = getattr(cfg.method, "group_size", 1), cfg.batch_size // cfg.optim.accumulate
+    if group > 1 and images % group:
+        raise ConfigError(
+            f"batch_size: {cfg.batch_size} images{_in_parts(cfg.optim.accumulate)} do not divide into groups of "
+            f"{group} (method.group_size); {_near_multiples(cfg.batch_size, group * cfg.optim.accumulate)} would do"
+        )
     ratio = getattr(cfg.method, "mask_ratio", None)
     if ratio is not None and not 0 < ratio < 1:
         raise ConfigError(
@@ -279,3 +285,13 @@ def build(cls: type, values: dict[str, Any]) -> Any:
         return cls(**made)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _in_parts(accumulate: int) -> str:
+    return f" in {accumulate} micro-batches" if accumulate > 1 else ""
+
+
+def _near_multiples(value: int, step: int) -> str:
+    """ "28 or 32" for 30 and 4."""
+    below = value // step * step
+    return f"{below} or {below + step}" if below else str(step)

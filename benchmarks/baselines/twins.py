@@ -9,6 +9,7 @@ from benchmarks.baselines import fcmae, spark
 from benchmarks.baselines.a2mim import PlainA2MIM, focal_l1, l1
 from benchmarks.baselines.convnext import PlainConvNeXt
 from benchmarks.baselines.mae import Decoder, PlainMAE
+from benchmarks.baselines.mixedae import PlainMixedAE
 from benchmarks.baselines.resnet import BasicBlock, Bottleneck, PlainResNet
 from benchmarks.baselines.simmim import PlainSimMIM, pixel_head
 from benchmarks.baselines.vit import PlainBeit, PlainViT
@@ -104,11 +105,9 @@ def _plain_convnext(encoder: Any) -> PlainConvNeXt:
     )
 
 
-def _plain_mae(method: Any) -> PlainMAE:
-    if method.cfg.decoder != "full":
-        raise ValueError(f"the plain MAE has the paper's decoder only, not {method.cfg.decoder!r}")
+def _mae_decoder(method: Any) -> Decoder:
     ours = method.decoder
-    decoder = Decoder(
+    return Decoder(
         method.encoder.embed_dim,
         method.num_patches,
         ours.decoder_pred.out_features,
@@ -116,9 +115,34 @@ def _plain_mae(method: Any) -> PlainMAE:
         len(ours.decoder_blocks),
         ours.decoder_blocks[0].attn.num_heads,
     )
+
+
+def _plain_mae(method: Any) -> PlainMAE:
+    if method.cfg.decoder != "full":
+        raise ValueError(f"the plain MAE has the paper's decoder only, not {method.cfg.decoder!r}")
     encoder = plain_encoder(method.encoder)
     assert isinstance(encoder, PlainViT)
-    return PlainMAE(encoder, decoder, method.patch_size, method.num_keep, method.cfg.norm_pix_loss)
+    return PlainMAE(encoder, _mae_decoder(method), method.patch_size, method.num_keep, method.cfg.norm_pix_loss)
+
+
+def _plain_mixedae(method: Any) -> PlainMixedAE:
+    cfg = method.cfg
+    if cfg.mixing != "compose" or cfg.attention != "topk" or method.num_patches % cfg.group_size:
+        raise ValueError("the plain MixedAE composes images whose patches divide among them, with top-k attention")
+    encoder = plain_encoder(method.encoder)
+    assert isinstance(encoder, PlainViT)
+    return PlainMixedAE(
+        encoder,
+        _mae_decoder(method),
+        method.patch_size,
+        cfg.group_size,
+        kept=round(method.topk_ratio * method.num_patches),
+        homo_layers=method.homo_layers,
+        segments=method.segment_embed is not None,
+        projector=isinstance(method.projector, nn.Sequential),
+        contrast=(cfg.contrastive_weight, cfg.temperature),
+        norm_pix=cfg.norm_pix_loss,
+    )
 
 
 def _token_options(method: Any) -> dict[str, Any]:
@@ -187,4 +211,5 @@ _BUILDERS = {
     "a2mim": _plain_a2mim,
     "spark": _plain_spark,
     "fcmae": _plain_fcmae,
+    "mixedae": _plain_mixedae,
 }

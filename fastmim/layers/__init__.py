@@ -9,6 +9,7 @@ from fastmim.layers.accelerate import Acceleration, accelerate
 from fastmim.layers.fused_attention import FusedAttention
 from fastmim.layers.fused_beit import FusedBeitAttention, FusedBeitBlock
 from fastmim.layers.fused_block import FusedBlock
+from fastmim.layers.homologous_attention import HomologousAttention, homologous_attention
 from fastmim.layers.linear import Linear
 from fastmim.layers.mask_token_attention import mask_token_attention
 from fastmim.layers.mask_token_decoder import MaskTokenDecoder
@@ -18,6 +19,7 @@ from fastmim.layers.masked_grn import MaskedGRN
 from fastmim.layers.masked_norm import MaskedGroupNorm, MaskedLayerNorm2d
 from fastmim.layers.masked_pool import MaskedAdaptiveAvgPool2d, MaskedAvgPool2d, MaskedMaxPool2d
 from fastmim.layers.masked_squeeze_excite import MaskedSqueezeExcite
+from fastmim.layers.patch_mix import ImagePatchMix, PatchMix, mix_images
 from fastmim.layers.sparsify import SparseModule, TileOutput, sparsify, stage_names
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "FusedBeitAttention",
     "FusedBeitBlock",
     "FusedBlock",
+    "HomologousAttention",
+    "ImagePatchMix",
     "Linear",
     "MaskTokenDecoder",
     "MaskedAdaptiveAvgPool2d",
@@ -37,10 +41,13 @@ __all__ = [
     "MaskedLayerNorm2d",
     "MaskedMaxPool2d",
     "MaskedSqueezeExcite",
+    "PatchMix",
     "SparseModule",
     "TileOutput",
     "accelerate",
+    "homologous_attention",
     "mask_token_attention",
+    "mix_images",
     "sparsify",
     "stage_names",
 ]

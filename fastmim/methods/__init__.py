@@ -19,6 +19,7 @@ _FILES = {  # name -> (module, class)
     "a2mim": ("fastmim.methods.a2mim", "A2MIM"),
     "spark": ("fastmim.methods.spark", "SparK"),
     "fcmae": ("fastmim.methods.fcmae", "FCMAE"),
+    "mixedae": ("fastmim.methods.mixedae", "MixedAE"),
 }
 
 

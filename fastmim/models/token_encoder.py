@@ -3,6 +3,8 @@
 Legend: B batch, N = gh * gw patches, K visible patches, P prefix tokens (cls, registers), T = P + N, D width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from fastmim.models.encoder import Encoder, InsertFunction, Insertion, pair
 from fastmim.models.transformer import NORM_EPS, PatchEmbed
 
 POOLING = ("", "token", "avg")
+RunBlock = Callable[[int, nn.Module, Tensor], Tensor]
 
 
 class TokenEncoder(Encoder):
@@ -130,7 +133,7 @@ class TokenEncoder(Encoder):
             [B, D, gh, gw].
         """
         self._check_images(images)
-        prefix, positions, context = self.num_prefix_tokens, self._patch_positions(), self._block_context(None)
+        prefix, positions, context = self.num_prefix_tokens, self.patch_positions(), self._block_context(None)
         visible = self._with_prefix(self.patch_embed(images, ids_keep, positions))
         x = assemble(visible, token, ids_restore, prefix, positions)
         first = self.blocks[0]
@@ -179,10 +182,26 @@ class TokenEncoder(Encoder):
         """Tokens and positions that this encoder has."""
         return {name for name in ("pos_embed", "cls_token", "reg_token") if getattr(self, name) is not None}
 
+    def encode_patches(self, patches: Tensor, run_block: RunBlock | None = None) -> Tensor:
+        """From embedded patches on: prefix tokens in front, blocks, final norm.
+
+        Args:
+            patches: [B, n, D], with their positions (`patch_positions`) added.
+            run_block: run_block(index, block, x) takes the place of block(x); not for encoders whose blocks receive
+                more than tokens.
+
+        Returns:
+            [B, P + n, D].
+        """
+        x = self._with_prefix(patches)
+        for index, block in enumerate(self.blocks):
+            x = block(x) if run_block is None else run_block(index, block, x)
+        return self.norm(x)
+
     def _encode(
         self, images: Tensor, ids_keep: Tensor | None = None, insert: InsertFunction | None = None, at: int = 0
     ) -> Tensor:
-        positions = self._patch_positions()
+        positions = self.patch_positions()
         if insert is not None and at == 0:
             patches = insert(self.patch_embed(images))
             patches = patches if positions is None else patches + positions
@@ -205,7 +224,7 @@ class TokenEncoder(Encoder):
         """What every block receives beside the tokens."""
         return ()
 
-    def _patch_positions(self) -> Tensor | None:
+    def patch_positions(self) -> Tensor | None:
         """[N, D], added to the patches."""
         if self.pos_embed is None:
             return None

@@ -8,7 +8,7 @@ import torch
 from benchmarks.baselines import baseline_of
 from fastmim.methods import create_method, method_config
 from fastmim.models import create_encoder
-from fastmim.ops import Masks
+from fastmim.ops import Masks, mixing_map
 
 SMALL_VIT = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8}
 SMALL_BEIT = SMALL_VIT | {"init_values": 0.1}
@@ -61,13 +61,40 @@ def masks_for(model: torch.nn.Module, batch: int) -> Masks:
     return Masks(ids_shuffle[:, : model.num_keep], ids_restore, ids_restore >= model.num_keep)
 
 
+MIXED = [
+    {},
+    {"group_size": 2, "projector": "mlp", "homo_layers": (0,), "topk_ratio": 0.3},
+    {"group_size": 3, "segment_embedding": "none", "norm_pix_loss": False, "exact_pruning": False},
+    {"contrastive_weight": 0.0},
+]
+
+
+@pytest.mark.parametrize("settings", MIXED)
+def test_mixedae_has_the_same_loss_and_gradients(settings):
+    model = build("mixedae", "vit_tiny_patch16_224", SMALL_VIT, settings)
+    plain, size = baseline_of(model), model.cfg.group_size
+    images = torch.randn(2 * size, 3, *SIZE)
+    mixing = mixing_map(2, size, model.num_patches, torch.tensor([1, 2, 0]))
+    compare(model, plain, model.reconstruct(images, mixing).loss, plain(images, noise=mixing.segments.float()))
+
+
+def test_a_mixedae_that_the_plain_way_does_not_know_is_refused():
+    model = build("mixedae", "vit_tiny_patch16_224", SMALL_VIT, {"mixing": "full"})
+    with pytest.raises(ValueError, match="the plain MixedAE composes images"):
+        baseline_of(model)
+
+
 @pytest.mark.parametrize("method, encoder, options, settings", CASES)
 def test_same_loss_and_gradients(method, encoder, options, settings):
     model = build(method, encoder, options, settings)
     plain = baseline_of(model)
     images, masks = torch.randn(3, 3, *SIZE), masks_for(model, 3)
     ours = model.predict_removed(images, masks).loss
-    theirs = plain(images, noise=masks.ids_restore.float())
+    compare(model, plain, ours, plain(images, noise=masks.ids_restore.float()))
+
+
+def compare(model: torch.nn.Module, plain: torch.nn.Module, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Losses and the gradients of all parameters."""
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
     ours.backward()
     theirs.backward()

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastmim.methods import Batch, Method, create_method, list_methods, method_config
 from fastmim.methods.a2mim import A2MIMConfig, FrequencyConfig
 from fastmim.methods.fcmae import FCMAEConfig
+from fastmim.methods.mixedae import MixedAEConfig
 from fastmim.methods.spark import SparKConfig
 from fastmim.models import create_encoder
 from tests.methods.encoders import small_convnext, small_convnextv2, small_resnet, small_vit
@@ -32,6 +33,14 @@ CASES = {
     "spark-resnet": ("spark", small_resnet, SparKConfig(decoder_width=32), (64, 96)),
     "spark-convnext": ("spark", small_convnext, SparKConfig(decoder_width=64), (96, 64)),
     "spark-light": ("spark", small_resnet, SparKConfig(decoder="light", decoder_width=32), (64, 96)),
+    "mixedae-vit": ("mixedae", lambda **kw: small_vit(32, 8, **kw), MixedAEConfig(projector="mlp"), (32, 32)),
+    "mixedae-odd": ("mixedae", lambda **kw: small_vit((24, 40), 8, **kw), MixedAEConfig(group_size=2), (24, 40)),
+    "mixedae-pairs": (
+        "mixedae",
+        lambda **kw: small_vit(32, 8, **kw),
+        MixedAEConfig(group_size=2, mixing="full", attention="oracle", homo_layers=(0, 1)),
+        (32, 32),
+    ),
     "fcmae-convnext": ("fcmae", small_convnextv2, FCMAEConfig(decoder_dim=32), (64, 96)),
     "fcmae-batch": ("fcmae", small_convnextv2, FCMAEConfig(decoder_dim=32, grn_stats="batch"), (64, 64)),
 }

@@ -9,7 +9,9 @@ from fastmim.engine.schedule import Schedule
 from fastmim.methods import Method, create_method
 from fastmim.models import create_encoder
 
-PAPERS = [name for name in list_recipes() if name.split("_")[0] in ("mae", "simmim", "a2mim", "spark", "fcmae")]
+PAPERS = [
+    name for name in list_recipes() if name.split("_")[0] in ("mae", "simmim", "a2mim", "spark", "fcmae", "mixedae")
+]
 NAMED = (
     [f"a2mim_vit_{size}" for size in ("small", "base", "large")]
     + [f"a2mim_resnet{depth}" for depth in (50, 101, 152, 200)]
@@ -18,6 +20,7 @@ NAMED = (
     + [f"spark_resnet{depth}" for depth in (50, 101, 152, 200)]
     + [f"spark_convnext_{size}" for size in ("small", "base", "large")]
     + [f"fcmae_convnextv2_{size}" for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")]
+    + [f"mixedae_vit_base_{epochs}" for epochs in ("300ep", "800ep", "1600ep", "pairs")]
     + ["simmim_vit_base", "a2mim_resnet50_tiles"]
 )
 
@@ -62,6 +65,7 @@ def test_fits_itself_to_smaller_images(name, tmp_path):
     "prefix, peak, batch, betas, decay",
     [
         ("mae_", 2.4e-3, 4096, (0.9, 0.95), 0.05),
+        ("mixedae_vit_base_1600ep", 2.4e-3, 4096, (0.9, 0.95), 0.05),
         ("simmim_", 4e-4, 2048, (0.9, 0.999), 0.05),
         ("a2mim_vit", 4e-4, 2048, (0.9, 0.999), 0.05),
         ("a2mim_resnet", 1.2e-3, 2048, (0.9, 0.999), 0.05),
@@ -78,7 +82,7 @@ def test_peak_rates_are_the_papers(prefix, peak, batch, betas, decay, tmp_path):
         assert (cfg.batch_size, cfg.optim.betas, cfg.optim.weight_decay) == (batch, betas, decay), name
 
 
-@pytest.mark.parametrize("name", [name for name in PAPERS if not name.startswith("mae")])
+@pytest.mark.parametrize("name", [name for name in PAPERS if not name.startswith(("mae", "mixedae"))])
 def test_thirty_of_49_cells_of_32_pixels_are_removed_and_29_in_spark(name, tmp_path):
     method = build(settings(name, tmp_path))
     assert (method.cell, method.num_cells, method.num_keep) == (32, 49, 20 if name.startswith("spark") else 19)
