@@ -36,7 +36,7 @@ from fastmim.models import create_encoder
 _LR = 1e-4
 _MODELS = {"spark": "convnext_small", "fcmae": "convnextv2_tiny"}  # methods that take CNNs alone
 _MODEL = "vit_small_patch16_224"  # of the others
-_QUICK = {"spark": 64, "fcmae": 64}  # at least two cells of 32 pixels
+_QUICK = {"spark": 64, "fcmae": 64, "mixedae": 64}  # at least two cells of 32 pixels; 16 patches to mix
 
 
 def our_step(method: Any, precision: str, batch_size: int) -> Callable[[Tensor], None]:

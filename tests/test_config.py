@@ -69,7 +69,7 @@ def test_one_of_two_ways_to_say_a_thing_replaces_the_other():
     assert (cfg.optim.warmup_epochs, cfg.optim.warmup_steps) == (None, 3)
 
 
-@pytest.mark.parametrize("method", ["mae", "simmim", "a2mim"])
+@pytest.mark.parametrize("method", ["mae", "simmim", "a2mim", "mixedae"])
 @pytest.mark.parametrize("size, patch", [(224, 16), (96, 16), (64, 8), (32, 4), (28, 4), (14, 2)])
 def test_without_a_recipe_the_patch_suits_the_image(method, size, patch, images):
     cfg = parse(["--method", method, "--img_size", str(size), "--data.root", str(images)])
@@ -95,7 +95,7 @@ def test_free_form_arguments_reach_the_encoder_in_their_types():
 
 @pytest.mark.parametrize("recipe", list_recipes())
 def test_every_recipe_is_valid_and_survives_being_written_and_read(recipe, images, tmp_path):
-    words = ["--recipe", recipe] + (["--data.root", str(images)] if recipe != "digits" else [])
+    words = ["--recipe", recipe] + ([] if recipe.startswith("digits") else ["--data.root", str(images)])
     cfg = parse(words)
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(cfg))
@@ -176,6 +176,11 @@ def test_a_wrong_type_is_answered_with_key_value_and_what_would_be_right(words, 
         ("--data.root /does/not/exist", ["data.root: /does/not/exist", "does not exist"]),
         ("--data.source folder", ["data.root"]),
         ("--batch_size 0", ["batch_size: 0"]),
+        ("--method mixedae --batch_size 30", ["batch_size: 30 images", "groups of 4", "28 or 32 would do"]),
+        (
+            "--method mixedae --method.group_size 3 --batch_size 64 --optim.accumulate 2",
+            ["64 images in 2 micro-batches", "groups of 3", "60 or 66"],
+        ),
         ("--epochs -1", ["epochs: -1"]),
         ("--epochs .inf", ["epochs: inf"]),
         ("--seed 99999999999999999999", ["seed", "2^63"]),

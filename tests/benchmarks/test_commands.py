@@ -50,7 +50,7 @@ def test_throughput_of_all_methods_on_a_small_image(device, tmp_path, capsys):
     rows = read_rows(path)
     assert [row["op"] for row in rows] == ["mae", "simmim", "a2mim"]
     for row in rows:
-        assert (row["pass"], row["case"], row["dtype"]) == ("step", "vit_tiny_patch16_224 32px B2", "fp32")
+        assert (row["pass"], row["case"], row["dtype"]) == ("step", "vit_tiny_patch16_224 32px B4", "fp32")
         assert row["images_per_second"] > 0
         assert row["gflop_per_s"] > 0
         assert row["peak_mb"] > 4 * 5.3 * 4  # weights, gradients and AdamW's averages of 5.3 million parameters
@@ -63,8 +63,8 @@ def test_methods_on_tiles_are_measured_with_cnns_and_settings(device, tmp_path, 
     arguments += ["--methods", "fcmae", "spark", "--settings", "decoder=light", "decoder_dim=64"]
     assert throughput.main(arguments) == 0, capsys.readouterr().err
     assert [row["case"] for row in read_rows(path)] == [
-        "convnextv2_tiny 64px B2 decoder_dim=64",
-        "convnextv2_tiny 64px B2 decoder=light",
+        "convnextv2_tiny 64px B4 decoder_dim=64",
+        "convnextv2_tiny 64px B4 decoder=light",
     ]
 
 
