@@ -89,7 +89,7 @@ class TokenEncoder(Encoder):
             1 + depth tensors [B, P + K, D].
         """
         self._check_images(images)
-        x = self._with_prefix(self.patch_embed(images, ids_keep, self._patch_positions()))
+        x = self._with_prefix(self.patch_embed(images, ids_keep, self.patch_positions()))
         context, maps = self._block_context(ids_keep), [x]
         for block in self.blocks:
             maps.append(block(maps[-1], *context))
