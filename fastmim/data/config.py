@@ -20,6 +20,10 @@ class DataConfig:
     """Folder of images, searched recursively: flat, or one folder per class. With a `train` folder beside `val`,
     `valid`, `validation` or `test`, training reads `train` and evaluation the other."""
 
+    exclude: Path | None = None
+    """File that names images to leave out, one a line, relative to the folder that is read. Default:
+    .fastmim-exclude.txt in that folder, where there is one (`python -m fastmim.data.verify` writes it)."""
+
     workers: int | Literal["auto"] = "auto"
     """Processes that read images; 0 reads them in the training process. auto: 0 for digits, otherwise one per CPU.
     Batches are the same whatever the number."""

@@ -4,6 +4,9 @@ Found recursively by extension, in the byte order of their paths, whatever the l
 folders are followed, each folder is entered once, so a loop ends. Names may be any bytes. Names that begin with a dot
 (and the "._photo.jpg" that some systems leave beside each photo) are passed over.
 
+Names listed in `.fastmim-exclude.txt` at the top of the folder, or in the file that `data.exclude` names, are left out:
+one a line, relative to the folder. `python -m fastmim.data.verify` writes such a list.
+
 Labels: when the folder holds images itself, or everything lies in a single sub-folder, there are none. Otherwise the
 first-level folders that hold images are the classes, in byte order.
 """
@@ -24,6 +27,7 @@ from fastmim.data.errors import DataError, printable
 from fastmim.data.sources import Source
 
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff")
+EXCLUDE = ".fastmim-exclude.txt"
 HELD_OUT = ("val", "valid", "validation", "test")
 
 _log = logging.getLogger("fastmim.data")
@@ -32,9 +36,12 @@ _BYTES_PER_PIXEL = 8  # four channels of 16 bits, uncompressed: no honest file i
 
 
 class FolderSource(Source):
-    """The images under `cfg.root`; `classes` prescribes the labels instead of deriving them."""
+    """The images under `cfg.root`; `classes` prescribes the labels instead of deriving them.
 
-    def __init__(self, cfg: DataConfig, classes: list[str] | None = None) -> None:
+    `excluding` False reads the names on the list of excluded ones too.
+    """
+
+    def __init__(self, cfg: DataConfig, classes: list[str] | None = None, excluding: bool = True) -> None:
         super().__init__(cfg)
         root = _checked(cfg.root)
         self.name = f"folder {printable(str(root))}"
@@ -46,6 +53,8 @@ class FolderSource(Source):
                 f"data.root: no images under {printable(str(root))} "
                 f"(looked for {', '.join(ext.decode() for ext in EXTENSIONS)} in it and all its folders)."
             )
+        if excluding:
+            names = _without(names, root, cfg.exclude)
         # One block of bytes instead of a string each: a million names cost little, and forked workers share them.
         self._names = b"".join(names)
         self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
@@ -71,8 +80,12 @@ class FolderSource(Source):
         return len(self._ends)
 
     def path(self, index: int) -> str:
+        return os.fsdecode(os.path.join(self._root, self.name_of(index)))
+
+    def name_of(self, index: int) -> bytes:
+        """The path of image `index` relative to the folder."""
         start = self._ends[index - 1] if index else 0
-        return os.fsdecode(os.path.join(self._root, self._names[start : self._ends[index]]))
+        return self._names[start : self._ends[index]]
 
     def open(self, index: int) -> Image.Image:
         most = _BYTES_PER_PIXEL * self.max_pixels
@@ -101,6 +114,22 @@ def _checked(root: Path | None) -> Path:
     if not root.is_dir():
         raise DataError(f"data.root: {printable(str(root))} is a file, not a folder of images.")
     return root.absolute()
+
+
+def _without(names: list[bytes], root: Path, exclude: Path | None) -> list[bytes]:
+    """`names` less those on the list of excluded ones, which may be absent unless it was asked for."""
+    path = root / EXCLUDE if exclude is None else Path(exclude).expanduser()
+    if exclude is None and not path.is_file():
+        return names
+    try:
+        listed = set(path.read_bytes().split(b"\n")) - {b""}
+    except OSError as error:
+        raise DataError(f"data.exclude: {printable(str(path))} cannot be read: {error.strerror}.") from error
+    left = [name for name in names if name not in listed]
+    if not left:
+        raise DataError(f"data.root: {printable(str(path))} excludes all {len(names)} images.")
+    _log.info("%d of %d images are left out, as %s says", len(names) - len(left), len(names), printable(str(path)))
+    return left
 
 
 def _images_under(root: bytes) -> Iterator[bytes]:
