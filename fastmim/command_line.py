@@ -6,6 +6,7 @@ recipe is answered as precisely as one on the command line.
 """
 
 import errno
+import os
 import sys
 import typing
 from argparse import SUPPRESS
@@ -210,12 +211,15 @@ def command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None 
         code = _code_of(error)
         if code == 1:
             raise
-        print(error if code in (PREEMPTED, CTRL_C) else f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not getattr(error, "of_all", False):
+            who = f"rank {rank}: " if rank != "0" else ""
+            print(who + (str(error) if code in (PREEMPTED, CTRL_C) else f"error: {error}"), file=sys.stderr)
     raise SystemExit(code)
 
 
 def _code_of(error: Exception) -> int:
-    """2 configuration, 3 data, 4 non-finite, 5 disk full, 75 or 130 saved and stopped; 1 is a bug."""
+    """2 configuration, 3 data, 4 non-finite, 5 disk full, 75 or 130 saved and stopped, 124 process lost; 1 is a bug."""
     if isinstance(error, ConfigError):
         return 2
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -4,7 +4,7 @@ A folder with a run in it is continued when its settings are the same, and never
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "engine.keep_checkpoints",
     "engine.nonfinite",
     "engine.max_skips",
+    "engine.timeout",
 )
 NOT_COMPARED = ("out", "resume", "recipe")  # names and places, not settings
 
@@ -39,6 +40,13 @@ class Place:
     """For the trainer: never, auto (the newest good checkpoint of the folder), or the path of a checkpoint."""
     changed: tuple[str, ...] = ()
     """Differences to the run that is continued, as lines to print."""
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; `Place(**...)` takes it back."""
+        return asdict(self) | {"folder": str(self.folder)}
 
 
 def choose_place(cfg: TrainConfig) -> Place:

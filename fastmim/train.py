@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastmim.command_line import command, parse
 from fastmim.config import ConfigError, TrainConfig, to_yaml
+from fastmim.engine.distributed import World
 from fastmim.resume import Place, choose_place
 
 if TYPE_CHECKING:
@@ -21,27 +22,45 @@ logger = logging.getLogger("fastmim.train")
 
 def main(argv: list[str]) -> None:
     cfg = parse(argv)
-    place = choose_place(cfg)
+    try:
+        world = World.from_environment(cfg.engine.device, cfg.engine.timeout)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    with world:
+        train(cfg, world)
+
+
+def train(cfg: TrainConfig, world: World) -> None:
+    """The run, in each of its processes; the main one decides the place, measures and writes."""
+    place = Place(**world.from_main(lambda: choose_place(cfg).to_dict()))
 
     from fastmim.engine import RunFolder
     from fastmim.evaluation import load_encoder
 
     try:
+        world.share(cfg.batch_size, cfg.optim.accumulate)
         source, method = build(cfg)
         untrained = copy.deepcopy(method.encoder) if cfg.evaluate else None
     except ValueError as error:  # what does not fit together says so in a sentence
         raise ConfigError(str(error)) from None
-    with RunFolder(place.folder, fresh=place.resume == "never") as run:
-        run.write("config.yaml", to_yaml(cfg))
-        introduce(cfg, place, source, method)
+    with RunFolder(place.folder, fresh=place.resume == "never", world=world) as run:
+        if world.is_main:
+            run.write("config.yaml", to_yaml(cfg))
+            introduce(cfg, place, source, method)
         try:
             trainer = create_trainer(cfg, place, run, source, method)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        before = measure(untrained, cfg) if untrained is not None else {}
+        before: dict[str, Score] = {}
+        if untrained is not None:
+            world.from_main(lambda: before.update(measure(untrained, cfg)))
         result = trainer.fit()
-        after = measure(load_encoder(run.path)[0], cfg) if cfg.evaluate else {}
-        conclude(cfg, run, source, result, before, after)
+
+        def finish() -> None:
+            after = measure(load_encoder(run.path)[0], cfg) if cfg.evaluate else {}
+            conclude(cfg, run, source, result, before, after)
+
+        world.from_main(finish)
 
 
 def build(cfg: TrainConfig) -> tuple["Source", "Method"]:
@@ -72,10 +91,12 @@ def create_trainer(cfg: TrainConfig, place: Place, run: "RunFolder", source: "So
     from fastmim.engine import Trainer
 
     steps_per_epoch = max(1, len(source) // cfg.batch_size)
-    encoder, views = method.encoder, method.view_specs(cfg.size)
+    encoder, views, world = method.encoder, method.view_specs(cfg.size), run.world
     return Trainer(
         method,
-        lambda step: create_loader(source, cfg.data, cfg.size, cfg.batch_size, cfg.seed, start_step=step, views=views),
+        lambda step: create_loader(
+            source, cfg.data, cfg.size, cfg.batch_size, cfg.seed, world.rank, world.size, start_step=step, views=views
+        ),
         run,
         cfg.optim,
         cfg.engine,

@@ -7,11 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastmim.engine.distributed import World
     from fastmim.engine.errors import (
         CheckpointError,
         DiskFullError,
         Interrupted,
         NonFiniteError,
+        ProcessLost,
         RunError,
         RunFolderError,
         exit_code,
@@ -29,11 +31,13 @@ _HOME = {
     "Interrupted": "errors",
     "LogConfig": "settings",
     "NonFiniteError": "errors",
+    "ProcessLost": "errors",
     "OptimConfig": "settings",
     "RunError": "errors",
     "RunFolder": "run_folder",
     "RunFolderError": "errors",
     "Trainer": "trainer",
+    "World": "distributed",
     "exit_code": "errors",
     "in_steps": "settings",
 }
@@ -47,10 +51,12 @@ __all__ = [
     "LogConfig",
     "NonFiniteError",
     "OptimConfig",
+    "ProcessLost",
     "RunError",
     "RunFolder",
     "RunFolderError",
     "Trainer",
+    "World",
     "exit_code",
     "in_steps",
 ]

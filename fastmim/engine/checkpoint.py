@@ -60,6 +60,10 @@ class CheckpointStore:
         """Checkpoint folders by step, oldest first; not verified."""
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of `step` is or would be."""
+        return self.folder / f"step-{step:08d}"
+
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of `step`, then remove the oldest. Raises OSError and leaves the others alone."""
         try:
@@ -73,7 +77,7 @@ class CheckpointStore:
         return path
 
     def _save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-        final = self.folder / f"step-{step:08d}"
+        final = self.path_of(step)
         if final.exists():
             self.set_aside(final, "superseded")
         temporary = self.folder / f"{_TEMPORARY}{final.name}-{os.getpid()}"

@@ -38,7 +38,9 @@ class FiniteWatch:
         first = int(self._step.first_bad)
         self._step.bad_steps.zero_()
         self._step.first_bad.fill_(-1)
-        indices = next((i.tolist() for step, i in recent if step == first and i is not None), [])
+        own = next((i.tolist() for step, i in recent if step == first and i is not None), [])
+        # All processes are here, because what is bad for one is bad for all.
+        indices = [index for part in self._run.world.collect(own) for index in part]
         # The gradient norms at hand are those of the newest step only.
         culprits = self._culprits() if recent and recent[-1][0] == first else []
         file = self._write({"step": first + 1, "seed": self._seed, "indices": indices, "parameters": culprits})
@@ -57,6 +59,8 @@ class FiniteWatch:
 
     def _write(self, facts: dict[str, Any]) -> str:
         """Masks and crops are functions of (seed, step), so this is enough to see the batch again."""
+        if not self._run.world.is_main:
+            return "nonfinite.json"
         try:
             return str(self._run.write("nonfinite.json", json.dumps(facts) + "\n"))
         except OSError as error:

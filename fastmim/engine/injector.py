@@ -1,4 +1,5 @@
 """Faults on demand, for tests: FASTMIM_INJECT="kind@where=number[,kind@where=number...]". Unset, it does nothing.
+"kind@where=number:rank" happens in that process of a run only; nothing happens again once a launcher restarted it.
 
 kind   raise, sigint, sigterm, sigkill, enospc, eio; nan is returned to the caller, who spoils its numbers
 where  step (before it), loss, grad: number is the step, counted from 1;
@@ -28,14 +29,19 @@ def _parse(text: str) -> tuple[_Fault, ...]:
     for item in filter(None, text.split(",")):
         kind, _, place = item.strip().partition("@")
         where, _, number = place.partition("=")
+        number, _, rank = number.partition(":")
         first, dash, last = number.partition("-")
         if kind not in _KINDS or where not in _WHERE or not first.isdigit():
-            raise ValueError(f"FASTMIM_INJECT: {item!r} is not kind@where=number; kinds {_KINDS}, places {_WHERE}")
-        faults.append(_Fault(kind, where, int(first), int(last) if last else (1 << 62) if dash else int(first)))
+            raise ValueError(
+                f"FASTMIM_INJECT: {item!r} is not kind@where=number[:rank]; kinds {_KINDS}, places {_WHERE}"
+            )
+        if rank in ("", os.environ.get("RANK", "0")):
+            faults.append(_Fault(kind, where, int(first), int(last) if last else (1 << 62) if dash else int(first)))
     return tuple(faults)
 
 
-_faults = _parse(os.environ.get("FASTMIM_INJECT", ""))
+_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+_faults = () if _restarted else _parse(os.environ.get("FASTMIM_INJECT", ""))
 _seen: Counter[str] = Counter()
 
 

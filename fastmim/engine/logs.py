@@ -30,10 +30,14 @@ class _LogFile(logging.FileHandler):
 class _Terminal(logging.Handler):
     """INFO to stdout, warnings and errors to stderr, as they are now: a progress bar may stand in for them."""
 
+    def __init__(self, who: str, level: int) -> None:
+        super().__init__(level)
+        self._who = who
+
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "file_only", False):
             return
-        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        prefix = self._who + (f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else "")
         say(prefix + record.getMessage(), error=record.levelno >= logging.WARNING)
 
 
@@ -65,11 +69,17 @@ def hush() -> None:
             os.close(nothing)
 
 
-def start_logs(path: Path) -> list[logging.Handler]:
-    """Send the package's log lines to `path` and to the terminal; returns what `stop_logs` takes."""
+def start_logs(path: Path, rank: int = 0) -> list[logging.Handler]:
+    """Send the package's log lines to `path` and to the terminal; returns what `stop_logs` takes.
+
+    Other processes than the first write with their rank, and only what is of their own: warnings to the file, errors to
+    both.
+    """
+    who = f"rank {rank}: " if rank else ""
     file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handlers: list[logging.Handler] = [file, _Terminal()]
+    file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(message)s"))
+    file.setLevel(logging.WARNING if rank else logging.INFO)
+    handlers: list[logging.Handler] = [file, _Terminal(who, logging.ERROR if rank else logging.INFO)]
     for handler in handlers:
         _ROOT.addHandler(handler)
     _ROOT.setLevel(logging.INFO)

@@ -29,10 +29,11 @@ def cut_metrics(path: Path, step: int) -> None:
 
 
 class MetricsFile:
-    """Appends lines, flushed one by one. A disk that refuses costs one warning, not the run."""
+    """Appends lines, flushed one by one, to `path` or, with None, nowhere. A disk that refuses costs one warning, not
+    the run."""
 
-    def __init__(self, path: Path) -> None:
-        self._file: TextIO | None = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path | None) -> None:
+        self._file: TextIO | None = None if path is None else path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, float | int | None]) -> None:
         if self._file is None:

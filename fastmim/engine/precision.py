@@ -8,8 +8,12 @@ import torch
 _CPU_BF16 = ("amx_bf16", "avx512_bf16")
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda". Raises ValueError where CUDA was asked for and cannot be used."""
+def choose_device(wanted: str, local_rank: int | None = None) -> torch.device:
+    """The device for "auto", "cpu" or "cuda"; with `local_rank` that of this process among those of its machine.
+
+    Raises:
+        ValueError: CUDA was asked for and cannot be used, or a machine has fewer GPUs than processes.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         built = torch.version.cuda
         reason = "torch finds no usable GPU or driver" if built else "this torch is built without CUDA"
@@ -18,6 +22,13 @@ def choose_device(wanted: str) -> torch.device:
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank is not None:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"engine.device: this machine has {torch.cuda.device_count()} GPUs, none is left for its process "
+                f"{local_rank} (LOCAL_RANK, counted from 0); start one process per GPU"
+            )
+        torch.cuda.set_device(local_rank)
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from fastmim.engine.distributed import World
 from fastmim.engine.errors import BUG, DONE, RunFolderError, exit_code
 from fastmim.engine.logs import start_logs, stop_logs
 from fastmim.engine.signals import RaisingSignals
@@ -44,12 +45,15 @@ class RunFolder:
     While entered, the folder is locked, log lines of the package go to train.log and the terminal; on leaving,
     exit.json gets the exit code and the reason. With `fresh`, what an earlier run wrote moves to previous-1/ (2, ...).
 
+    Of several processes (`world`) the main one does all that; the others add their warnings and errors to train.log.
+
     Raises:
         RunFolderError: exit code 2: another run holds the folder, or it cannot be written.
     """
 
-    def __init__(self, path: str | Path, *, fresh: bool = False) -> None:
+    def __init__(self, path: str | Path, *, fresh: bool = False, world: World | None = None) -> None:
         self.path = Path(path)
+        self.world = world or World()
         self.checkpoints = self.path / "checkpoints"
         self.pictures = self.path / "pictures"
         self.export = self.path / "export"
@@ -62,6 +66,21 @@ class RunFolder:
         self._news: list[str] = []  # to be logged once there is a log
 
     def __enter__(self) -> "RunFolder":
+        self.world.from_main(self._prepare)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)  # another machine may not share it
+            self._handlers = start_logs(self.path / "train.log", self.world.rank)
+        except OSError as error:
+            self._release()
+            raise RunFolderError(f"out: {self.path} cannot be written ({error.strerror})") from None
+        if self.world.heartbeat is not None:
+            self.world.heartbeat.last_words = self._end
+        self._signals.__enter__()
+        for line in self._news:
+            logger.info(line)
+        return self
+
+    def _prepare(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -70,33 +89,40 @@ class RunFolder:
             for folder in (self.checkpoints, self.pictures):
                 folder.mkdir(exist_ok=True)
             (self.path / "exit.json").unlink(missing_ok=True)
-            self._handlers = start_logs(self.path / "train.log")
         except OSError as error:
             self._release()
             raise RunFolderError(f"out: {self.path} cannot be written ({error.strerror})") from None
-        self._signals.__enter__()
-        for line in self._news:
-            logger.info(line)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        code = exit_code(error)
-        reason = "done" if error is None else str(error) or type(error).__name__
+        self.world.ignore_signals()
+        lost = self.world.name_lost(error)
+        ending = error if lost is None else lost
+        code = exit_code(ending)
+        reason = "done" if ending is None else str(ending) or type(ending).__name__
         if code == BUG:
             logger.error("%s", reason, exc_info=error, extra={"file_only": True})
         elif code != DONE:
-            logger.info("exit code %d: %s", code, reason, extra={"file_only": True})
+            level = logging.WARNING if lost is not None else logging.INFO
+            logger.log(level, "exit code %d: %s", code, reason, extra={"file_only": True})
+        self._end(code, reason)
+        stop_logs(self._handlers)
+        if self.world.size == 1:
+            self._signals.__exit__(kind, error, trace)
+        self._release()
+        if lost is not None:
+            raise lost from None
+
+    def _end(self, code: int, reason: str) -> None:
+        """Write exit.json."""
+        if not self.world.is_main:
+            return
+        facts = {"code": code, "reason": reason, "time": time.strftime("%FT%T%z")}
         try:
-            self.write(
-                "exit.json", json.dumps({"code": code, "reason": reason, "time": time.strftime("%FT%T%z")}) + "\n"
-            )
+            self.write("exit.json", json.dumps(facts) + "\n")
         except OSError as trouble:
             logger.warning("exit.json cannot be written: %s", trouble.strerror)
-        stop_logs(self._handlers)
-        self._signals.__exit__(kind, error, trace)
-        self._release()
 
     def write(self, name: str, text: str) -> Path:
         """Write a small text file of the folder, whole or not at all."""

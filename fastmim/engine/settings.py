@@ -148,11 +148,15 @@ class EngineConfig:
     """What a NaN or infinite loss or gradient does: end the run with exit code 4, or skip the step."""
     max_skips: int = 20
     """How many steps `nonfinite: skip` may skip in one run before it stops after all."""
+    timeout: float = 600.0
+    """Several processes: seconds without an answer or a sign of life after which another one counts as lost and the run
+    ends, naming it. The slowest checkpoint has to be written in this time."""
 
     def __post_init__(self) -> None:
         _check_period("engine.checkpoint_every", self.checkpoint_every)
         _check(self.keep_checkpoints >= 1, f"engine.keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
         _check(0 <= self.ema < 1, f"engine.ema must lie in [0, 1), got {self.ema}")
+        _check(0 < self.timeout < math.inf, f"engine.timeout must be a positive number of seconds, got {self.timeout}")
         _check(self.max_skips >= 0, f"engine.max_skips must not be negative, got {self.max_skips}")
 
 

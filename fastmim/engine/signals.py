@@ -10,7 +10,7 @@ from typing import Any, Self
 from fastmim.engine.errors import CTRL_C, PREEMPTED, Interrupted
 
 _ECHO = 0.5  # seconds; timeout(1) and some schedulers send one request twice
-_CODES = {signal.SIGINT: CTRL_C, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED}
+CODES = {signal.SIGINT: CTRL_C, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED}
 
 
 class _Handlers:
@@ -31,8 +31,11 @@ class _Handlers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._before.items() if self._restore(error) else ():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _restore(self, error: BaseException | None) -> bool:
+        return True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         raise NotImplementedError
@@ -44,33 +47,38 @@ class RaisingSignals(_Handlers):
     numbers = (signal.SIGTERM, signal.SIGUSR1)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        code = _CODES[signal.Signals(number)]
+        code = CODES[signal.Signals(number)]
         if os.getpid() != self._owner:  # a forked process
             os._exit(code)
         raise Interrupted(f"Stopped by {signal.Signals(number).name}; repeat the command to go on.", code)
 
 
 class StopSignals(_Handlers):
-    """While entered, `received` is the first signal that asked to stop, or None. A second one exits at once."""
+    """While entered, `received` is the first signal that asked to stop, or None. A second one exits at once.
 
-    numbers = tuple(_CODES)
+    Args:
+        alone: whether this is the only process of the run. Else a second one is ignored: launchers send a signal on
+            and repeat it, and end by force what takes too long.
+    """
 
-    def __init__(self) -> None:
+    numbers = tuple(CODES)
+
+    def __init__(self, alone: bool = True) -> None:
         super().__init__()
+        self.alone = alone
         self.received: signal.Signals | None = None
         self._since = 0.0
 
-    @property
-    def code(self) -> int:
-        """The exit code that belongs to `received`."""
-        return _CODES[self.received] if self.received is not None else 0
+    def _restore(self, error: BaseException | None) -> bool:
+        """Of several processes, one that ends early has more important things to say than that a launcher stops it."""
+        return self.alone or error is None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        code = _CODES[signal.Signals(number)]
+        code = CODES[signal.Signals(number)]
         if os.getpid() != self._owner:  # a forked loader process: Ctrl-C is the parent's to answer
             if number != signal.SIGINT:
                 os._exit(code)
         elif self.received is None:
             self.received, self._since = signal.Signals(number), time.monotonic()
-        elif number != self.received or time.monotonic() - self._since > _ECHO:
+        elif self.alone and (number != self.received or time.monotonic() - self._since > _ECHO):
             os._exit(code)

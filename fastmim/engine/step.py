@@ -5,12 +5,14 @@ that `begin` fills (the index of the step, and by the optimiser's `set_lr` the r
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastmim.engine.clipping import clip_gradients, gradient_norms
+from fastmim.engine.data_parallel import DataParallel
 from fastmim.engine.ema import Ema
 from fastmim.engine.injector import inject, injecting
 from fastmim.engine.optimizer import named_parameters
@@ -39,6 +41,8 @@ class TrainStep:
     `bad_steps` counts such steps and `first_bad` is the index of the first, or -1; both are device tensors.
 
     Args:
+        first: index in the global batch of the first image of this process; the masks of an image depend on its place.
+        parallel: the method's forward where several processes train, averaging gradients; None where there is one.
         agree: given a flag on the device (0 or 1, fp32), makes it 1 in all processes where it is 1 in any: a step that
             is bad for one process is then bad for all. None where there is only one.
         schedules: the method's own, by name; `begin` fills in what they say of a step.
@@ -57,16 +61,18 @@ class TrainStep:
         micro_batch: int,
         stop: bool,
         ema: Ema | None,
+        first: int = 0,
+        parallel: DataParallel | None = None,
         agree: Callable[[Tensor], None] | None = None,
         weight_cache: bool = True,
         schedules: Mapping[str, Callable[[int], float]] | None = None,
     ) -> None:
         self.method, self.optimizer, self.optim, self.ema = method, optimizer, optim, ema
         self.precision, self.device, self.stop = precision, device, stop
-        self.agree, self.weight_cache = agree, weight_cache
+        self.parallel, self.agree, self.weight_cache = parallel, agree, weight_cache
         self.named = named_parameters(optimizer)
         # One (seed, step, first) per micro-batch, kept and refilled: autograd may hold on to it until backward.
-        self.rng = [torch.tensor([seed, 0, i * micro_batch], device=device) for i in range(optim.accumulate)]
+        self.rng = [torch.tensor([seed, 0, first + i * micro_batch], device=device) for i in range(optim.accumulate)]
         self.micro_batch = micro_batch
         self.index = torch.zeros((), dtype=torch.int64, device=device)  # of the step to do; counts by itself
         self._schedules = dict(schedules or {})
@@ -156,6 +162,7 @@ class TrainStep:
         """Forward and backward over the micro-batches."""
         self.optimizer.zero_grad(set_to_none=True)
         count = self.optim.accumulate
+        forward = self.method if self.parallel is None else self.parallel
         result = StepOutput(torch.zeros((), device=self.device), {}, torch.zeros((), device=self.device), None)
         for i, rng in enumerate(self.rng):
             rng[1].copy_(self.index)
@@ -168,12 +175,13 @@ class TrainStep:
                 {name: view[rows] for name, view in views.items()},
                 self.scheduled,
             )
-            with autocast(self.precision, self.device, cache=self.weight_cache):
-                output = self.method(batch)
-            loss = output.loss / count if count > 1 else output.loss
-            if self._spoil is not None:
-                loss = loss * self._spoil[0]
-            loss.backward()
+            with nullcontext() if self.parallel is None else self.parallel.micro_batch(last=i == count - 1):
+                with autocast(self.precision, self.device, cache=self.weight_cache):
+                    output = forward(batch)
+                loss = output.loss / count if count > 1 else output.loss
+                if self._spoil is not None:
+                    loss = loss * self._spoil[0]
+                loss.backward()
             result.loss = result.loss + loss.detach()
             for name, part in output.parts.items():
                 result.parts[name] = result.parts.get(name, 0) + part.detach() / count

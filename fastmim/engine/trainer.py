@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from fastmim.data import Loader, normalise
-from fastmim.engine.capture import WARMUP, CudaGraphs, GraphedStep, why_no_graph
+from fastmim.data.loader_states import state_of
+from fastmim.engine.capture import WARMUP, WARMUP_DDP, CudaGraphs, GraphedStep, why_no_graph
 from fastmim.engine.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from fastmim.engine.compiling import compile_blocks
+from fastmim.engine.data_parallel import DataParallel, tell_of_local_statistics
 from fastmim.engine.ema import Ema
 from fastmim.engine.errors import CheckpointError, DiskFullError, Interrupted
 from fastmim.engine.fit_result import FitResult, Interval
@@ -29,7 +32,7 @@ from fastmim.engine.rng import make_deterministic, rng_states, seed_step, set_rn
 from fastmim.engine.run_folder import RunFolder
 from fastmim.engine.schedule import Schedule
 from fastmim.engine.settings import EngineConfig, LogConfig, OptimConfig, in_steps
-from fastmim.engine.signals import StopSignals
+from fastmim.engine.signals import CODES, StopSignals
 from fastmim.engine.step import StepOutput, TrainStep
 from fastmim.engine.tensorboard import TensorBoard, create_board
 from fastmim.engine.training_state import TrainingState
@@ -47,8 +50,8 @@ class Trainer:
         method: the `fastmim.methods.Method` to train, on any device; moved to the one the settings name.
         loader: called with the step to start at (0, or the step resumed from), returns the loader that gives the batch
             of that step first; it is closed at the end.
-        run: the open run folder.
-        batch_size: images per step (the global batch).
+        run: the open run folder; its `world` says which process of the run this is.
+        batch_size: images per step (the global batch), those of all processes and micro-batches together.
         total_steps: steps of the whole run; a run resumed at step k does total_steps - k.
         mean, std: per channel, of the normalised images; for uint8 batches and pictures.
         meta: JSON-able facts stored in every checkpoint (method, model, img_size, ...), for whoever loads it.
@@ -77,18 +80,19 @@ class Trainer:
         meta: Mapping[str, Any],
         resume: str | Path = "auto",
     ) -> None:
-        if batch_size % optim.accumulate:
-            raise ValueError(f"batch_size {batch_size} is not divisible by optim.accumulate {optim.accumulate}")
+        world = self.world = run.world
+        micro_batch = world.share(batch_size, optim.accumulate)
         self.loader, self.run, self.engine, self.log = loader, run, engine, log
         self.batch_size, self.total_steps, self.steps_per_epoch = batch_size, total_steps, steps_per_epoch
         self.seed, self.mean, self.std = seed, mean, std
-        self.device = choose_device(engine.device)
+        self.device = choose_device(engine.device, world.local_rank if world.size > 1 else None)
         self.precision, why = choose_precision(engine.precision, self.device)
         torch.backends.cudnn.benchmark = not engine.deterministic  # shapes never change
         if engine.deterministic:
             make_deterministic()
         self._mean_std = [torch.tensor(values, dtype=torch.float32, device=self.device) for values in (mean, std)]
         self.method = method.to(self.device).train()
+        parallel = DataParallel(self.method, optim.accumulate) if world.size > 1 else None
         self.optimizer = create_optimizer(self.method, optim)
         peak = optim.peak_lr(batch_size)
         self.schedule = Schedule.of(optim, peak=peak, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
@@ -101,9 +105,12 @@ class Trainer:
             precision=self.precision,
             device=self.device,
             seed=seed,
-            micro_batch=batch_size // optim.accumulate,
+            micro_batch=micro_batch,
             stop=engine.nonfinite == "stop",
             ema=ema,
+            first=world.rank * micro_batch * optim.accumulate,
+            parallel=parallel,
+            agree=world.agree if world.size > 1 else None,
             schedules=self.method.schedules(total_steps, steps_per_epoch),
         )
         self.do_step = self._runner()
@@ -117,18 +124,25 @@ class Trainer:
             "total_steps": total_steps,
             "precision": self.precision,
             "device": self.device.type,
+            "processes": world.size,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "meta": json.loads(json.dumps(dict(meta), default=str)),
         }
         self.result = FitResult(step=0, picture=max(run.pictures.glob("step-*.png"), default=None))
         self.batches: Loader | None = None
-        self.replaced = 0  # unreadable images, since the start of the run
+        self.replaced = 0  # unreadable images that this process met, since the start of the run
         self._resumed: dict[str, Any] | None = None  # state.json of the checkpoint started from
         self.watch = FiniteWatch(self.train_step, run, engine, seed)
         self._failed_saves = 0
         self.store = CheckpointStore(run.checkpoints, engine.keep_checkpoints)
         self._start(str(resume))
+        if world.size > 1:
+            logger.info(
+                "%d processes x %d micro-batches x %d images are the batch of %d.",
+                *(world.size, optim.accumulate, micro_batch, batch_size),
+            )
+            tell_of_local_statistics(self.method)
         logger.info(
             "%s, %s (%s), batch size %d, peak learning rate %.3g, %d steps (%.4g epochs)",
             self.device,
@@ -148,29 +162,31 @@ class Trainer:
         if reason:
             logger.info("Steps are not captured as graphs: %s.", reason)
             return self.train_step
-        must = self.engine.graph == "on"
-        return GraphedStep(self.train_step, CudaGraphs(self.device), warmup=WARMUP, must=must)
+        must, warmup = self.engine.graph == "on", WARMUP if self.world.size == 1 else WARMUP_DDP
+        return GraphedStep(self.train_step, CudaGraphs(self.device), warmup=warmup, must=must)
 
     def fit(self) -> FitResult:
         """Train up to `total_steps`, from wherever the run stands."""
-        result = self.result
+        result, main = self.result, self.world.is_main
         if result.step >= self.total_steps:
             logger.info("The run is complete at step %d: nothing is left to train.", result.step)
             return result
         with ExitStack() as stack:
-            signals = stack.enter_context(StopSignals())
-            metrics = stack.enter_context(closing(MetricsFile(self.run.metrics)))
-            board = stack.enter_context(closing(create_board(self.log.tensorboard, self.run.tensorboard, result.step)))
-            progress = stack.enter_context(closing(create_progress(self.log.progress, result.step, self.total_steps)))
+            signals = stack.enter_context(StopSignals(alone=self.world.size == 1))
+            metrics = stack.enter_context(closing(MetricsFile(self.run.metrics if main else None)))
+            tensorboard, shown = self.log.tensorboard and main, self.log.progress if main else "none"
+            board = stack.enter_context(closing(create_board(tensorboard, self.run.tensorboard, result.step)))
+            progress = stack.enter_context(closing(create_progress(shown, result.step, self.total_steps)))
             batches = self.batches = stack.enter_context(closing(self.loader(result.step)))
             if self._resumed is not None:
-                batches.load_state(self._resumed["data"])
+                batches.load_state(state_of(self._resumed["data"], self.world.rank, self.world.size))
                 set_rng_states(self._resumed["rng"], self.device)
             interval = Interval()
             while result.step < self.total_steps:
                 inject("step", result.step + 1)
-                if signals.received is not None:
-                    raise self._stopped(signals)
+                asked = self.world.largest(signals.received or 0)
+                if asked:
+                    raise self._stopped(signal.Signals(asked))
                 output = self._one_step(batches, interval)
                 step, last = result.step, result.step == self.total_steps
                 if last or step % self.log_every == 0:
@@ -196,14 +212,15 @@ class Trainer:
         asked = time.perf_counter()
         raw = next(batches)
         interval.waited += time.perf_counter() - asked
-        interval.images += len(raw.images)
+        interval.images += len(raw.images) * self.world.size
         self.replaced = raw.replaced
         self.watch.add(step, raw.indices)
-        seed_step(self.seed, step, self.device)
+        seed_step(self.seed, step, self.device, self.world.rank)
         set_lr(self.optimizer, self.schedule.lr(step))
         set_weight_decay(self.optimizer, self.schedule.weight_decay(step))
         done = step + 1
         draw = done == self.total_steps or bool(self.pictures_every and done % self.pictures_every == 0)
+        draw &= self.world.is_main
         output = self.do_step(
             self._normalised(raw.images),
             self._moved(raw.labels),
@@ -224,13 +241,16 @@ class Trainer:
         return normalise(images, *self._mean_std) if images.dtype == torch.uint8 else images
 
     def _read(self, output: StepOutput, interval: Interval) -> dict[str, float | int | None]:
-        """The line of a logged step: the one place where the host waits for the device."""
+        """The line of a logged step, over all processes: the one place where the host waits for the device."""
         names = ["loss", *output.parts, "grad_norm"]
         tensors = [output.loss, *output.parts.values(), output.grad_norm]
-        numbers = dict(zip(names, torch.stack([t.float() for t in tensors]).tolist(), strict=True))
+        means = self.world.mean(torch.stack([t.float() for t in tensors]))
+        numbers = dict(zip(names, means.tolist(), strict=True))
+        waited, replaced = self.world.sums([interval.waited, self.replaced])
         self.watch.check()
         result, seconds = self.result, interval.seconds
         result.last_loss = numbers["loss"]
+        interval.waited = waited / self.world.size
         result.add(interval, seconds)
         return {
             "step": result.step,
@@ -240,7 +260,7 @@ class Trainer:
             "grad_norm": numbers["grad_norm"],
             "images_per_second": round(interval.images / seconds, 2),
             "data_wait": round(interval.waited / seconds, 4),
-            "replaced_images": self.replaced,
+            "replaced_images": int(replaced),
             **({"skipped_steps": self.watch.skipped} if self.watch.skipped else {}),
         }
 
@@ -256,33 +276,44 @@ class Trainer:
             logger.warning("%s cannot be written: %s", path, error.strerror)
         board.picture("reconstruction", grid, step)
 
-    def _stopped(self, signals: StopSignals) -> Interrupted:
+    def _stopped(self, asked: signal.Signals) -> Interrupted:
         """Save, and say how to go on."""
-        assert signals.received is not None
         step = self.result.step
         if self.result.steps:  # else there is nothing that the newest checkpoint lacks
             self.watch.check()
             self._save(must=True)
         saved = f"saved in {self.result.checkpoint}" if self.result.checkpoint else "nothing to save yet"
         return Interrupted(
-            f"Stopped by {signals.received.name} after step {step} of {self.total_steps}; {saved}. "
+            f"Stopped by {asked.name} after step {step} of {self.total_steps}; {saved}. "
             f"The same command with --resume auto goes on from there.",
-            signals.code,
+            CODES[asked],
         )
 
     def _save(self, must: bool) -> None:
-        """Write a checkpoint; `must`: the run ends here, so a full disk is an error at once."""
+        """Write a checkpoint; `must`: the run ends here, so a full disk is an error at once.
+
+        All processes have the same weights, so the main one writes; where `must`, the others wait for it.
+        """
+        assert self.batches is not None
         result = self.result
         if result.checkpoint is not None and result.checkpoint.name == f"step-{result.step:08d}":
             return
         state = {
             **self.facts,
             "epoch": result.step / self.steps_per_epoch,
-            "replaced_images": self.replaced,
             "skipped_steps": self.watch.skipped,
-            "data": self.batches.state() if self.batches is not None else None,
+            "data": self.world.collect(self.batches.state()),
             "rng": rng_states(self.device),
         }
+        if must:
+            self.world.from_main(lambda: self._write(state, must))
+        elif self.world.is_main:
+            self._write(state, must)
+        if not self.world.is_main:
+            result.checkpoint = self.store.path_of(result.step)
+
+    def _write(self, state: dict[str, Any], must: bool) -> None:
+        result = self.result
         try:
             result.checkpoint = self.store.save(result.step, self.state.tensors(), state)
             self._failed_saves = 0
@@ -298,15 +329,23 @@ class Trainer:
 
     def _start(self, resume: str) -> None:
         """Find the checkpoint to start from, if any, and make the folder agree with it."""
-        self.store.sweep()
-        if resume == "auto":
-            checkpoint = self.store.newest()
-        elif resume == "never":
-            checkpoint = None
-        else:
-            checkpoint = find_checkpoint(Path(resume))
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        found: Checkpoint | None = None
+
+        def find() -> list[Any] | None:
+            nonlocal found
+            self.store.sweep()
+            if resume == "auto":
+                found = self.store.newest()
+            elif resume != "never":
+                found = find_checkpoint(Path(resume))
+            return None if found is None else [str(found.path), found.state]
+
+        told = self.world.from_main(find)
+        if told is not None:
+            tensors = self.world.tensors_from_main(None if found is None else found.tensors)
+            self._restore(Checkpoint(Path(told[0]), told[1], tensors))
+        if not self.world.is_main:
+            return
         for path in self.store.steps():  # a later one belongs to a run that this one replaces
             if path.name > f"step-{self.result.step:08d}":
                 self.store.set_aside(path, "superseded")
@@ -320,10 +359,9 @@ class Trainer:
             )
         self.state.load(checkpoint)
         changed = [f"{k} {state.get(k)} -> {v}" for k, v in self.facts.items() if k != "meta" and state.get(k) != v]
-        if changed:
+        if changed and self.world.is_main:
             logger.warning("Resumed with changes, so the steps to come may not repeat exactly: %s", "; ".join(changed))
         self._resumed = state
-        self.replaced = state["replaced_images"]
         self.watch.skipped = state["skipped_steps"]
         self.result.step = self.result.resumed_from = checkpoint.step
         if path.parent == self.store.folder:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,13 +32,16 @@ _SETTINGS = {
 }
 
 
-def start(out: Path, *, inject: str = "", **settings: Any) -> "subprocess.Popen[str]":
-    """The training command; settings with __ for dots."""
+def start(
+    out: Path, *, inject: str = "", processes: int = 1, restarts: int = 0, **settings: Any
+) -> "subprocess.Popen[str]":
+    """The training command; settings with __ for dots. Several `processes` are torchrun's."""
     merged = _SETTINGS | {key.replace("__", "."): value for key, value in settings.items()} | {"out": out}
     arguments = [f"--{key}={value}" for key, value in merged.items() if value is not None]
     environment = os.environ | {"FASTMIM_INJECT": inject, "OMP_NUM_THREADS": "1"}
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     return subprocess.Popen(
-        [sys.executable, "-m", "fastmim.train", *arguments],
+        [sys.executable, "-m", *([*launcher, "-m"] if processes > 1 else []), "fastmim.train", *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -46,12 +50,14 @@ def start(out: Path, *, inject: str = "", **settings: Any) -> "subprocess.Popen[
     )
 
 
-def train(out: Path, *, inject: str = "", **settings: Any) -> "subprocess.CompletedProcess[str]":
-    process = start(out, inject=inject, **settings)
+def train(out: Path, **settings: Any) -> "subprocess.CompletedProcess[str]":
+    """Run it to its end; arguments are those of `start`."""
+    process = start(out, **settings)
     try:
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=240)
     finally:
-        process.kill()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
