@@ -24,6 +24,10 @@ class DataConfig:
     """File that names images to leave out, one a line, relative to the folder that is read. Default:
     .fastmim-exclude.txt in that folder, where there is one (`python -m fastmim.data.verify` writes it)."""
 
+    pipeline: Literal["auto", "dali", "pillow"] = "auto"
+    """What decodes, crops and resizes training images. dali needs `pip install "fastmim[dali]"`, runs on the CPU, and
+    takes `workers` as its number of threads. auto is pillow, and the log says why."""
+
     workers: int | Literal["auto"] = "auto"
     """Processes that read images; 0 reads them in the training process. auto: 0 for digits, otherwise one per CPU.
     Batches are the same whatever the number."""

@@ -66,7 +66,9 @@ class Loader(Protocol):
 
 
 class TrainLoader:
-    """The Pillow pipeline. An iterator and a context manager; workers start with the first batch, `close` ends them.
+    """Batches by Pillow or DALI, as `cfg.pipeline` says. An iterator and a context manager.
+
+    Workers start with the first batch, `close` ends them.
 
     Args:
         source: the images.
@@ -112,6 +114,7 @@ class TrainLoader:
         self._first = rank * self._share
         self._ahead = cfg.prefetch
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, epoch, len(source)))
+        self._pipeline, self._interpolation = cfg.pipeline, cfg.interpolation
         self._make = TrainRow(source, cfg, img_size, seed, views)
         self._shapes = {view.name: (source.in_chans, *view.size) for view in self._make.views}
         flat = (sum(int(np.prod(shape)) for shape in self._shapes.values()),)
@@ -125,7 +128,7 @@ class TrainLoader:
 
     def __next__(self) -> RawBatch:
         if self._batches is None:
-            self._batches = create_batches(self._make, self._shape, self.workers, self._ahead, self.source.path)
+            self._batches = self._start()
             self._asked = self.step
         while self._asked < self.step + self._batches.ahead:
             self._batches.ask(self._tasks(self._asked))
@@ -139,6 +142,13 @@ class TrainLoader:
         images, *others = self._views(torch.from_numpy(pixels))
         views = dict(zip(list(self._shapes)[1:], others, strict=True))
         return RawBatch(images, labels, torch.from_numpy(indices), self._budget.replaced, views)
+
+    def _start(self) -> Batches:
+        if self._pipeline == "dali":
+            from fastmim.data.dali import DaliRows
+
+            return DaliRows(self._make, self._shape, self.workers, self._interpolation)
+        return create_batches(self._make, self._shape, self.workers, self._ahead, self.source.path)
 
     def _views(self, rows: Tensor) -> list[Tensor]:
         """Every view of the batch, as a copy: the slot is filled again by the next call."""
@@ -196,6 +206,8 @@ def create_loader(
     views: Sequence[ViewSpec] = (),
 ) -> Loader:
     """The training loader that `cfg` asks for; arguments as `TrainLoader` has them."""
+    if cfg.pipeline == "auto" and not source.in_memory:
+        _log.info("Images are read by Pillow: DALI runs on the CPU here, where no gain over Pillow was measured.")
     return TrainLoader(source, cfg, img_size, batch_size, seed, rank, world_size, start_step, views)
 
 
