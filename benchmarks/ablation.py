@@ -9,6 +9,7 @@ from unittest import mock
 from torch import Tensor, nn
 
 from fastmim.layers import FusedAttention, FusedBeitAttention
+from fastmim.ops.backends import operations
 
 Switch = Callable[[Any], AbstractContextManager[Any]]  # method -> what a step without the thing runs in
 
@@ -17,8 +18,7 @@ def _reference(op: str) -> Switch:
     """The operation in plain PyTorch."""
 
     def off(method: Any) -> AbstractContextManager[Any]:
-        backends = importlib.import_module(f"fastmim.ops.{op}")._backends
-        return mock.patch.object(backends, "choose", return_value="reference")
+        return mock.patch.object(operations()[op], "choose", return_value="reference")
 
     return off
 
@@ -62,6 +62,15 @@ _PIECES: dict[str, dict[str, Switch]] = {
         "decoder input kernel": _reference("decoder_input"),
         "shared first decoder block": _shared_first_block,
         "pruned last decoder block": _pruning,
+    },
+    "mixedae": {
+        **{name: _ALL[name] for name in ("faster matrix products", "packed attention", "fused masked loss")},
+        "fused mixing map": _reference("mixing_map"),
+        "patch mixing kernel": _reference("patch_mix"),
+        "top-k attention kernel": _reference("topk_attention"),
+        "contrastive kernels": _reference("homologous_contrastive"),
+        "shared first decoder block": _shared_first_block,
+        "pruned decoder": _pruning,
     },
     "simmim": {**_ALL, **_TRUNK},
     "a2mim": {**_ALL, "fused frequency loss": _reference("frequency_loss"), **_TRUNK},

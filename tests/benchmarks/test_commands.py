@@ -82,9 +82,9 @@ def test_throughput_against_another_precision_and_piece_by_piece(tmp_path, capsy
 
 def test_every_piece_is_really_left_out(monkeypatch):
     """Each switch changes what runs: the attention, the module's setting or the chosen backend."""
-    for method in ("mae", "simmim", "a2mim"):
+    for method in ("mae", "simmim", "a2mim", "mixedae"):
         for piece, switch in pieces(method).items():
-            model = throughput._method(method, "vit_tiny_patch16_224", (32, 32), torch.device("cpu"), None)
+            model = throughput._method(method, "vit_tiny_patch16_224", (64, 64), torch.device("cpu"), None)
             before = _ways(model)
             with switch(model):
                 assert _ways(model) != before, (method, piece)
