@@ -56,7 +56,7 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, processes",
-    [(name, 2) for name in RUNS],
+    [*((name, 2) for name in RUNS), ("mae", 4)],  # four on two cores: shares and ranks beyond a pair
 )
 def test_several_processes_reproduce_one(tmp_path, alone, name, processes):
     done = train(tmp_path / "run", processes=processes, **RUNS[name])
@@ -77,6 +77,24 @@ def test_several_processes_reproduce_one(tmp_path, alone, name, processes):
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5, msg=key)
     optimizer = [load_file(out / last / "optimizer.safetensors").keys() for out in (alone(name), tmp_path / "run")]
     assert optimizer[0] == optimizer[1], "a parameter without a gradient has no state: nothing decays it"
+
+
+@pytest.mark.slow
+def test_a_run_of_two_goes_on_with_one_and_says_that_rounding_differs(tmp_path, alone):
+    out = tmp_path / "run"
+    stopped = train(out, processes=2, inject="sigterm@step=7:1", **PLAIN)
+    assert "Stopped by SIGTERM after step 6" in stopped.stderr
+    done = train(out, **PLAIN)
+    assert done.returncode == 0, done.stderr
+    assert "processes 2 -> 1" in done.stderr
+    assert_same_course(metrics(alone("mae")), metrics(out))
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_shared_is_answered_in_a_sentence(tmp_path):
+    done = train(tmp_path / "run", processes=2, batch_size=15)
+    assert "15 is not divisible by 2 processes x 1 micro-batches (optim.accumulate); 14 or 16 would be" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_world_of_one_answers_by_itself(monkeypatch):
