@@ -207,7 +207,7 @@ def create_loader(
 ) -> Loader:
     """The training loader that `cfg` asks for; arguments as `TrainLoader` has them."""
     if cfg.pipeline == "auto" and not source.in_memory:
-        _log.info("Images are read by Pillow, whose workers run ahead of the training; --data.pipeline dali has DALI decode.")
+        _log.info("Images are read by Pillow, in workers that run ahead of training (data.pipeline: auto).")
     return TrainLoader(source, cfg, img_size, batch_size, seed, rank, world_size, start_step, views)
 
 
