@@ -16,7 +16,7 @@ MODEL = "vit_base_patch16_224"
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    side, batch, options = 224, 16 if settings.device.type == "cpu" else 256, {}
+    side, batch, options = 224, 8 if settings.device.type == "cpu" else 256, {}
     if settings.quick:
         side, batch, options = 32, 4, {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     for dtype in settings.dtypes:
