@@ -15,21 +15,21 @@ from torch import Tensor
 from fastmim.data import Loader, normalise
 from fastmim.data.loader_states import state_of
 from fastmim.engine.capture import WARMUP, WARMUP_DDP, CudaGraphs, GraphedStep, why_no_graph
-from fastmim.engine.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from fastmim.engine.compiling import compile_blocks
 from fastmim.engine.data_parallel import DataParallel, tell_of_local_statistics
 from fastmim.engine.ema import Ema
-from fastmim.engine.errors import CheckpointError, DiskFullError, Interrupted
+from fastmim.engine.errors import Interrupted
 from fastmim.engine.fit_result import FitResult, Interval
 from fastmim.engine.health import FiniteWatch
 from fastmim.engine.injector import inject
-from fastmim.engine.metrics import MetricsFile, cut_metrics
+from fastmim.engine.metrics import MetricsFile
 from fastmim.engine.optimizer import create_optimizer, set_lr, set_weight_decay
 from fastmim.engine.pictures import picture_grid, save_picture
 from fastmim.engine.precision import choose_device, choose_precision
 from fastmim.engine.progress import create_progress
 from fastmim.engine.rng import make_deterministic, rng_states, seed_step, set_rng_states
 from fastmim.engine.run_folder import RunFolder
+from fastmim.engine.saver import Saver
 from fastmim.engine.schedule import Schedule
 from fastmim.engine.settings import EngineConfig, LogConfig, OptimConfig, in_steps
 from fastmim.engine.signals import CODES, StopSignals
@@ -39,8 +39,6 @@ from fastmim.engine.training_state import TrainingState
 from fastmim.methods import Method, Pictures
 
 logger = logging.getLogger(__name__)
-
-_FAILED_SAVES = 3  # in a row, before the run ends for want of disk
 
 
 class Trainer:
@@ -132,11 +130,13 @@ class Trainer:
         self.result = FitResult(step=0, picture=max(run.pictures.glob("step-*.png"), default=None))
         self.batches: Loader | None = None
         self.replaced = 0  # unreadable images that this process met, since the start of the run
-        self._resumed: dict[str, Any] | None = None  # state.json of the checkpoint started from
         self.watch = FiniteWatch(self.train_step, run, engine, seed)
-        self._failed_saves = 0
-        self.store = CheckpointStore(run.checkpoints, engine.keep_checkpoints)
-        self._start(str(resume))
+        self.saver = Saver(run, self.state, engine, self.facts)
+        self._resumed = self.saver.start(str(resume), total_steps)  # state.json of the checkpoint started from
+        if self._resumed is not None:
+            self.watch.skipped = self._resumed["skipped_steps"]
+            self.result.step = self.result.resumed_from = self._resumed["step"]
+            self.result.checkpoint = self.saver.newest
         if world.size > 1:
             logger.info(
                 "%d processes x %d micro-batches x %d images are the batch of %d.",
@@ -290,80 +290,16 @@ class Trainer:
         )
 
     def _save(self, must: bool) -> None:
-        """Write a checkpoint; `must`: the run ends here, so a full disk is an error at once.
-
-        All processes have the same weights, so the main one writes; where `must`, the others wait for it.
-        """
+        """Write a checkpoint, if there is none of this step yet; `must`: the run ends here."""
         assert self.batches is not None
         result = self.result
-        if result.checkpoint is not None and result.checkpoint.name == f"step-{result.step:08d}":
+        if self.saver.holds(result.step):
             return
-        state = {
-            **self.facts,
+        course = {
             "epoch": result.step / self.steps_per_epoch,
             "skipped_steps": self.watch.skipped,
             "data": self.world.collect(self.batches.state()),
             "rng": rng_states(self.device),
         }
-        if must:
-            self.world.from_main(lambda: self._write(state, must))
-        elif self.world.is_main:
-            self._write(state, must)
-        if not self.world.is_main:
-            result.checkpoint = self.store.path_of(result.step)
-
-    def _write(self, state: dict[str, Any], must: bool) -> None:
-        result = self.result
-        try:
-            result.checkpoint = self.store.save(result.step, self.state.tensors(), state)
-            self._failed_saves = 0
-        except OSError as error:
-            self._failed_saves += 1
-            newest = result.checkpoint or "none yet"
-            logger.error("No checkpoint at step %d: %s (the newest is %s)", result.step, error.strerror, newest)
-            if must or self._failed_saves >= _FAILED_SAVES:
-                raise DiskFullError(
-                    f"Checkpoints cannot be written to {self.store.folder}: {error.strerror}. The newest is {newest}; "
-                    f"free some space and repeat the command with --resume auto."
-                ) from None
-
-    def _start(self, resume: str) -> None:
-        """Find the checkpoint to start from, if any, and make the folder agree with it."""
-        found: Checkpoint | None = None
-
-        def find() -> list[Any] | None:
-            nonlocal found
-            self.store.sweep()
-            if resume == "auto":
-                found = self.store.newest()
-            elif resume != "never":
-                found = find_checkpoint(Path(resume))
-            return None if found is None else [str(found.path), found.state]
-
-        told = self.world.from_main(find)
-        if told is not None:
-            tensors = self.world.tensors_from_main(None if found is None else found.tensors)
-            self._restore(Checkpoint(Path(told[0]), told[1], tensors))
-        if not self.world.is_main:
-            return
-        for path in self.store.steps():  # a later one belongs to a run that this one replaces
-            if path.name > f"step-{self.result.step:08d}":
-                self.store.set_aside(path, "superseded")
-        cut_metrics(self.run.metrics, self.result.step)
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        path, state = checkpoint.path, checkpoint.state
-        if checkpoint.step > self.total_steps:
-            raise CheckpointError(
-                f"{path} is at step {checkpoint.step}, beyond this run's {self.total_steps}; give more epochs or steps"
-            )
-        self.state.load(checkpoint)
-        changed = [f"{k} {state.get(k)} -> {v}" for k, v in self.facts.items() if k != "meta" and state.get(k) != v]
-        if changed and self.world.is_main:
-            logger.warning("Resumed with changes, so the steps to come may not repeat exactly: %s", "; ".join(changed))
-        self._resumed = state
-        self.watch.skipped = state["skipped_steps"]
-        self.result.step = self.result.resumed_from = checkpoint.step
-        if path.parent == self.store.folder:
-            self.result.checkpoint = path
-        logger.info("Resumed from %s", path)
+        self.saver.save(result.step, course, must=must)
+        result.checkpoint = self.saver.newest
