@@ -76,6 +76,7 @@ def tell_of_local_statistics(method: nn.Module) -> None:
     local = [n for n in norms if not (getattr(n, "sync", False) or isinstance(n, nn.SyncBatchNorm))]
     if local:
         logger.info(
-            "%d batch norms take their statistics over each process's own images; the main process's are saved.",
+            "%d batch norms take their statistics over each process's own images; the main process's are saved; "
+            "--engine.sync_bn true takes them over all.",
             len(local),
         )

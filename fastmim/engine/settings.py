@@ -134,6 +134,10 @@ class EngineConfig:
     graph: Literal["auto", "on", "off"] = "auto"
     """Capture whole training steps as CUDA graphs: fewer launches, which counts for small models and small batches per
     GPU. auto does so where it is possible, and trains without where it is not, saying why; on makes that an error."""
+    sync_bn: bool = False
+    """Several processes: batch norms of any encoder take their statistics over all of them, so that the run does not
+    depend on their number. The papers of SparK and FCMAE do so (`method.sync_bn`, on by default), those of the other
+    methods do not say so."""
     compile: bool = False
     """torch.compile the blocks of encoder and decoder (minutes at the start of a run, for faster steps)."""
     checkpoint_every: Period = "1ep"

@@ -37,6 +37,7 @@ from fastmim.engine.step import StepOutput, TrainStep
 from fastmim.engine.tensorboard import TensorBoard, create_board
 from fastmim.engine.training_state import TrainingState
 from fastmim.methods import Method, Pictures
+from fastmim.models.norms import synchronise_batch_norms
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class Trainer:
             make_deterministic()
         self._mean_std = [torch.tensor(values, dtype=torch.float32, device=self.device) for values in (mean, std)]
         self.method = method.to(self.device).train()
+        if engine.sync_bn:
+            synchronise_batch_norms(self.method)
         parallel = DataParallel(self.method, optim.accumulate) if world.size > 1 else None
         self.optimizer = create_optimizer(self.method, optim)
         peak = optim.peak_lr(batch_size)

@@ -38,6 +38,8 @@ def tile_layer(layer: nn.Module, grn_stats: str, others: Mapping[type, LayerFunc
     name = f"{type(layer).__module__}.{type(layer).__qualname__}"
     if name in _LAYER_NORMS:
         return TileLayer(_run(MaskedLayerNorm2d), "map")
+    if name == _BATCH_NORM:
+        return _KNOWN[nn.BatchNorm2d]
     if name in _RESPONSE_NORMS:
         return TileLayer(_grn_of_batch if grn_stats == "batch" else _grn_of_image)
     if type(layer).__name__ in _DROP_PATHS and isinstance(_drop_rate(layer), float | int):
@@ -147,5 +149,6 @@ _LAYER_NORMS = (
     "timm.layers.norm.LayerNorm2d",
     "torchvision.models.convnext.LayerNorm2d",
 )
+_BATCH_NORM = "fastmim.models.norms.BatchNorm2d"
 _RESPONSE_NORMS = ("fastmim.models.norms.GlobalResponseNorm", "timm.layers.grn.GlobalResponseNorm")
 _DROP_PATHS = ("DropPath", "StochasticDepth")

@@ -6,15 +6,13 @@ stage is tiles [B, K, t, t, C], with t positions in a cell (8, 4, 2, 1 at stride
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from fastmim.layers import SparseModule, sparsify, stage_names
 from fastmim.methods.base import size_text
 from fastmim.methods.masking import cell_grid
 from fastmim.models.encoder import Encoder
 from fastmim.models.token_encoder import TokenEncoder
 
-__all__ = ["encoder_on_tiles", "synchronise_batch_norms", "tile_grid"]
+__all__ = ["encoder_on_tiles", "tile_grid"]
 
 
 def encoder_on_tiles(
@@ -45,15 +43,3 @@ def tile_grid(img_size: tuple[int, int], stride: int, method: str) -> tuple[int,
             f"nothing could be hidden; give images of {size_text((2 * stride, 2 * stride))} pixels or more."
         )
     return grid
-
-
-def synchronise_batch_norms(method: nn.Module) -> None:
-    """From now on the batch norms of encoder and decoder take their statistics over all processes of a run.
-
-    At the deepest stage only K positions of an image are visible, so one process alone has few of them. Without an
-    initialised process group of several nothing changes.
-    """
-    for module in method.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            # Read by MaskedBatchNorm2d on tiles, and by BatchNorm2d of the decoder.
-            module.sync = True  # type: ignore[assignment]

@@ -10,11 +10,12 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fastmim.methods.base import Batch, Method, Output
-from fastmim.methods.cnn_tiles import encoder_on_tiles, synchronise_batch_norms, tile_grid
+from fastmim.methods.cnn_tiles import encoder_on_tiles, tile_grid
 from fastmim.methods.masking import count_kept
 from fastmim.methods.reconstruction import patch_pictures
 from fastmim.models.encoder import Encoder
 from fastmim.models.fcmae_decoder import FCMAEDecoder
+from fastmim.models.norms import synchronise_batch_norms
 from fastmim.ops import Masks, TileIndex, masked_patch_loss, random_mask
 
 

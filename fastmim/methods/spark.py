@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from fastmim.layers import MaskedBatchNorm2d, MaskedLayerNorm2d
 from fastmim.methods.base import Batch, Method, Output
-from fastmim.methods.cnn_tiles import encoder_on_tiles, synchronise_batch_norms, tile_grid
+from fastmim.methods.cnn_tiles import encoder_on_tiles, tile_grid
 from fastmim.methods.masking import count_kept
 from fastmim.methods.reconstruction import patch_pictures
 from fastmim.models.encoder import Encoder
 from fastmim.models.fcmae_decoder import FCMAEDecoder
+from fastmim.models.norms import synchronise_batch_norms
 from fastmim.models.spark_decoder import SparKDecoder
 from fastmim.ops import Masks, TileIndex, masked_patch_loss, random_mask
 
@@ -82,6 +83,7 @@ class SparK(Method):
                 norm, FCMAEDecoder(channels[-1], values, dim=cfg.decoder_width or _width(512, encoder))
             )
         if cfg.sync_bn:
+            # At the deepest stage only K positions of an image are visible, so one process alone has few of them.
             synchronise_batch_norms(self)
 
     def forward(self, batch: Batch) -> Output:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastmim.layers import MaskedBatchNorm2d
 
-__all__ = ["BatchNorm2d", "GlobalResponseNorm", "LayerNorm2d"]
+__all__ = ["BatchNorm2d", "GlobalResponseNorm", "LayerNorm2d", "synchronise_batch_norms"]
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -23,12 +23,22 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not (several and self.training and self.sync):
+        wanted = self.sync and self.training
+        if not (wanted and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
         rows = x.permute(0, 2, 3, 1)
         tiles = rows.reshape(x.shape[0], -1, 1, 1, x.shape[1])  # a map whose positions are all visible
         return MaskedBatchNorm2d.forward(self, tiles, None).reshape(rows.shape).permute(0, 3, 1, 2)  # type: ignore[arg-type]
+
+
+def synchronise_batch_norms(module: nn.Module) -> None:
+    """From now on the batch norms in `module` take their statistics over all processes of a run, on maps and on tiles.
+
+    Without an initialised process group of several nothing changes.
+    """
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.sync = True  # type: ignore[assignment]  # read by BatchNorm2d above, and by MaskedBatchNorm2d
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastmim.layers.drop_path import drop_path, drop_path_rates
 from fastmim.models.encoder import Encoder, InsertFunction, Insertion, pair
+from fastmim.models.norms import BatchNorm2d
 from fastmim.models.registry import register_encoders
 
 __all__ = ["BasicBlock", "Bottleneck", "ResNet"]
@@ -24,10 +25,10 @@ class BasicBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         self.act2 = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.drop_path = drop_path(drop_path_rate)
@@ -53,13 +54,13 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         self.act2 = nn.ReLU(inplace=True)
         self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width * self.expansion)
+        self.bn3 = BatchNorm2d(width * self.expansion)
         self.act3 = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.drop_path = drop_path(drop_path_rate)
@@ -109,7 +110,7 @@ class ResNet(Encoder):
         self.img_size = None if img_size is None else pair(img_size, "img_size")
         self.num_classes = num_classes
         self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = BatchNorm2d(64)
         self.act1 = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
@@ -185,9 +186,7 @@ class ResNet(Encoder):
 def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
-    )
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), BatchNorm2d(out_channels))
 
 
 register_encoders(

@@ -25,6 +25,7 @@ RUNS = {
     "mae": PLAIN,
     "mae-ema-clip": {**PLAIN, "optim__accumulate": 2, "engine__ema": 0.9, "optim__clip_grad_norm": 0.5},
     "fcmae": {**CNN, "method": "fcmae", "model": "convnextv2_atto", "method__decoder_dim": 32},
+    "a2mim": {**CNN, "method": "a2mim", "model": "resnet18", "engine__sync_bn": True},
     "spark": {**CNN, "method": "spark", "model": "resnet18", "method__decoder_width": 32},
 }
 
@@ -72,7 +73,7 @@ def test_several_processes_reproduce_one(tmp_path, alone, name, processes):
     one, two = (load_file(out / last / "method.safetensors") for out in (alone(name), tmp_path / "run"))
     assert one.keys() == two.keys()
     statistics = [key for key in one if "running_" in key]
-    assert bool(statistics) == (name == "spark")
+    assert bool(statistics) == (name in ("spark", "a2mim"))
     for key in statistics:  # of all processes' images
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5, msg=key)
     optimizer = [load_file(out / last / "optimizer.safetensors").keys() for out in (alone(name), tmp_path / "run")]
