@@ -110,6 +110,10 @@ stage ops 80 "$PYTHON" -m benchmarks.ops --device cuda --dtype fp32 bf16 --secon
     --json "$results/ops.json"
 stage throughput 110 "$PYTHON" -m benchmarks.throughput --device cuda --model vit_base_patch16_224 resnet50 \
     --precision bf16 --steps 10 --json "$results/throughput.json"
+stage pieces 50 "$PYTHON" -m benchmarks.throughput --device cuda --methods mae --batch_size 64 --precision bf16 \
+    --model vit_small_patch16_224 vit_base_patch16_224 --steps 10 --ablate --json "$results/pieces.json"
+stage compiled 60 "$PYTHON" -m benchmarks.throughput --device cuda --methods mae --model vit_base_patch16_224 \
+    --precision bf16 --steps 10 --baseline-compile --json "$results/compiled.json"
 
 "$PYTHON" - "$scratch/stages.tsv" "$results/check.json" "$SECONDS" "$gpu" "$torch_version" <<'PYTHON' || failed=1
 import json, os, sys

@@ -1,9 +1,10 @@
 """Training steps of whole methods against the plain PyTorch way: forward, backward and optimiser, taking turns.
 
-Ours is the step that `fastmim.train` runs (gradient norm and finite check included). The plain way is its twin in
-benchmarks/baselines with the same fused AdamW (or torch's default one, `--baseline-optimizer default`), looking at the
-loss in each step, as the papers' repositories do. `--ablate` adds a row for each fusion and pruning: our step against
-our step with that one thing done the plain way.
+Ours is the step that `fastmim.train` runs (gradient norm and finite check included; on a GPU captured as a CUDA graph).
+The plain way is its twin in benchmarks/baselines with the same fused AdamW (or torch's default one,
+`--baseline-optimizer default`), eager or under torch.compile (`--baseline-compile`), looking at the loss in each step,
+as the papers' repositories do. `--ablate` adds a row for each fusion and pruning, on a GPU one for the graph too: our
+step against our step with that one thing done the plain way.
 """
 
 import argparse
@@ -28,24 +29,26 @@ from benchmarks.ops import add_machine_options, choose, command_line, prepare_ma
 from benchmarks.runner import DTYPES, BenchmarkError, Case, Row, Settings, Side, run_cases, write_rows
 from benchmarks.table import show
 from fastmim.engine import OptimConfig
+from fastmim.engine.capture import CudaGraphs, GraphedStep, why_no_graph
 from fastmim.engine.optimizer import create_optimizer, set_lr
 from fastmim.engine.step import TrainStep
 from fastmim.methods import create_method, list_methods, method_config
 from fastmim.models import create_encoder
 
+GRAPH = "CUDA graph"  # a piece of every method
 _LR = 1e-4
 _MODELS = {"spark": "convnext_small", "fcmae": "convnextv2_tiny"}  # methods that take CNNs alone
 _MODEL = "vit_small_patch16_224"  # of the others
 _QUICK = {"spark": 64, "fcmae": 64, "mixedae": 64}  # at least two cells of 32 pixels; 16 patches to mix
 
 
-def our_step(method: Any, precision: str, batch_size: int) -> Callable[[Tensor], None]:
-    """The engine's own step."""
+def our_step(method: Any, precision: str, batch_size: int, graph: bool = True) -> Callable[[Tensor], None]:
+    """The engine's own step; with `graph` captured where that is possible, as `fastmim.train` does."""
     device = next(method.parameters()).device
     optim = OptimConfig(lr=_LR)
     optimizer = create_optimizer(method, optim)
     set_lr(optimizer, _LR)
-    step = TrainStep(
+    step: TrainStep | GraphedStep = TrainStep(
         method,
         optimizer,
         optim,
@@ -56,6 +59,8 @@ def our_step(method: Any, precision: str, batch_size: int) -> Callable[[Tensor],
         stop=True,
         ema=None,
     )
+    if graph and not why_no_graph("auto", device, optimizer):
+        step = GraphedStep(step, CudaGraphs(device), must=True)
     done = 0
 
     def run(images: Tensor) -> None:
@@ -66,8 +71,11 @@ def our_step(method: Any, precision: str, batch_size: int) -> Callable[[Tensor],
     return run
 
 
-def plain_step(plain: nn.Module, precision: str, optimizer_name: str = "fused") -> Callable[[Tensor], None]:
+def plain_step(
+    plain: nn.Module, precision: str, optimizer_name: str = "fused", compiled: bool = False
+) -> Callable[[Tensor], None]:
     """What a training script does: autocast, backward, AdamW, and a look at the loss."""
+    forward = torch.compile(plain) if compiled else plain
     trained = [p for p in plain.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
@@ -79,7 +87,7 @@ def plain_step(plain: nn.Module, precision: str, optimizer_name: str = "fused") 
     def run(images: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
-            loss = plain(images)
+            loss = forward(images)
         loss.backward()
         optimizer.step()
         if not math.isfinite(loss.item()):
@@ -114,6 +122,7 @@ def step_case(
     settings: Mapping[str, Any] | None = None,
     baseline_precision: str | None = None,
     baseline_optimizer: str = "fused",
+    baseline_compile: bool = False,
 ) -> Case:
     """The case of one method, encoder and precision; building it builds both models. `settings` are the method's."""
     method = _method(method_name, model, img_size, device, settings)
@@ -121,12 +130,14 @@ def step_case(
     baseline_precision = baseline_precision or precision
     name = "plain PyTorch" + (f" {baseline_precision}" if baseline_precision != precision else "")
     name += ", default AdamW" if baseline_optimizer == "default" else ""
+    name += ", torch.compile" if baseline_compile else ""
+    plainer = plain_step(plain, baseline_precision, baseline_optimizer, baseline_compile)
     shape = (batch_size, method.encoder.in_chans, *img_size)
     return Case(
         op=method_name,
         case=_case_text(model, img_size, batch_size, settings),
         candidate=Side("auto", our_step(method, precision, batch_size), resident_bytes(method)),
-        baseline=Side(name, plain_step(plain, baseline_precision, baseline_optimizer), resident_bytes(plain)),
+        baseline=Side(name, plainer, resident_bytes(plain)),
         inputs=lambda: (torch.randn(shape, device=device),),
         dtype=DTYPES[precision],
         passes=("step",),
@@ -146,9 +157,11 @@ def ablation_case(
     device: torch.device,
     settings: Mapping[str, Any] | None = None,
 ) -> Case:
-    """Our step against our step without one piece of `ablation.pieces(method_name)`."""
+    """Our step against our step without one piece of `ablation.pieces(method_name)`, or without the `GRAPH`."""
     ours, other = (_method(method_name, model, img_size, device, settings) for _ in range(2))
-    plainer = without(our_step(other, precision, batch_size), other, pieces(method_name)[piece])
+    plainer = our_step(other, precision, batch_size, graph=piece != GRAPH)
+    if piece != GRAPH:
+        plainer = without(plainer, other, pieces(method_name)[piece])
     shape = (batch_size, ours.encoder.in_chans, *img_size)
     return Case(
         op=method_name,
@@ -198,7 +211,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--baseline-precision", choices=("fp32", "bf16"), default=None, help=help)
     help = "AdamW of the plain way: fused, as ours (the default), or the one that torch takes when not told"
     parser.add_argument("--baseline-optimizer", choices=("fused", "default"), default="fused", help=help)
-    help = "also a row for each fusion and pruning: our step against our step without it"
+    help = "the plain way under torch.compile"
+    parser.add_argument("--baseline-compile", action="store_true", help=help)
+    help = "also a row for each fusion and pruning, on a GPU for the graph too: our step against our step without it"
     parser.add_argument("--ablate", action="store_true", help=help)
     parser.add_argument("--steps", type=int, default=None, help="measured steps of each side; default: 10, on a GPU 30")
     parser.add_argument("--quick", action="store_true", help="four images of 32 pixels, one step: does everything run?")
@@ -276,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device=device,
         quick=options.quick,
         rounds=options.steps or (1 if options.quick else 30 if device.type == "cuda" else 10),
-        warmup=3 if device.type == "cuda" else 1,
+        warmup=5 if device.type == "cuda" else 1,  # a GPU: three eager steps, the capture, a replay
     )
     command = command_line("benchmarks.throughput", arguments)
     rows: list[Row] = []
@@ -290,9 +305,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for (method, model), precision in itertools.product(pairs, options.precision):
         own = _settings_of(method, settings_given)
         common = (method, model, sizes[method], batch_size, precision, device, own)
-        builders = [functools.partial(step_case, *common, options.baseline_precision, options.baseline_optimizer)]
+        plain = (options.baseline_precision, options.baseline_optimizer, options.baseline_compile)
+        builders = [functools.partial(step_case, *common, *plain)]
         if options.ablate:
-            builders += [functools.partial(ablation_case, piece, *common) for piece in pieces(method)]
+            names = [*pieces(method), *([GRAPH] if device.type == "cuda" else [])]
+            builders += [functools.partial(ablation_case, piece, *common) for piece in names]
         for build in builders:  # one case at a time: each holds two models
             try:
                 case = build()

@@ -5,11 +5,10 @@ Legend: B batch, H heads, Nq queries, Nk keys, D head width, DP the power of two
 A program belongs to one (image, head). Up to 128 keys lie in one tile: no rescaling forward, and a backward program
 sees every key of its head, so it finishes the gradients of query, key and value alone. More keys are met in a loop;
 backward, one launch holds programs for blocks of keys (their k and v gradients) and for blocks of queries (theirs).
-Nothing is added up by atomics, so two runs agree to the bit.
+Nothing is added up by atomics, so two runs agree to the bit. The gradient of a bias is in attention_bias_gradient.py.
 
 Widths that are no power of two (40, 48, 80, 96) are padded in registers only: masked lanes are neither read nor
-written, and the matrix products that they waste are a few per cent of operations that wait for memory. Loads in two
-parts (32 + 8, 64 + 32) double the operands alive and took more registers.
+written, and the matrix products that they waste are a few per cent of operations that wait for memory.
 """
 
 import os
@@ -27,7 +26,7 @@ NOTHING = tl.constexpr(float("-inf"))  # score of a key that does not count
 
 
 @triton.jit
-def _rows(
+def read_rows(
     start,  # pointer to [.., D] of one image and head
     n,  # int32 positions
     stride,  # between positions
@@ -52,7 +51,7 @@ def _write_rows(start, n, stride, inside, rows, D: tl.constexpr, DP: tl.constexp
 
 
 @triton.jit
-def _keys(
+def read_keys(
     n,  # int32 positions
     count,  # *[Nk] of one image; only with COUNT
     mask,  # *[Nk] int8 of one image, 1 = may be attended to; only with MASK
@@ -71,7 +70,7 @@ def _keys(
 
 
 @triton.jit
-def _with_bias(
+def add_bias(
     scores,  # fp32 [BLOCK_M, BLOCK_N], or transposed
     m, n,  # int32 positions, shaped to be broadcast
     bias,  # *[Nq, Nk] of one head
@@ -115,15 +114,15 @@ def _forward(
     bias += b * bias_b + h * bias_h
     count += b * Nk
     mask += b * Nk
-    queries = _rows(q + b * q_b + h * q_h, m, q_n, m < Nq, D, DP, UPCAST)
+    queries = read_rows(q + b * q_b + h * q_h, m, q_n, m < Nq, D, DP, UPCAST)
     n = tl.arange(0, BLOCK_N)
     if ONE_TILE:
-        inside, more = _keys(n, count, mask, Nk, COUNT, MASK)
-        keys = _rows(k, n, k_n, inside, D, DP, UPCAST)
-        values = _rows(v, n, v_n, inside, D, DP, UPCAST)
+        inside, more = read_keys(n, count, mask, Nk, COUNT, MASK)
+        keys = read_rows(k, n, k_n, inside, D, DP, UPCAST)
+        values = read_rows(v, n, v_n, inside, D, DP, UPCAST)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale + more[None, :]
         if BIAS:
-            scores = _with_bias(scores, m[:, None], n[None, :], bias, bias_m, bias_n, Nq, Nk)
+            scores = add_bias(scores, m[:, None], n[None, :], bias, bias_m, bias_n, Nq, Nk)
         top = tl.max(scores, 1)
         top = tl.where(top == NOTHING, 0.0, top)
         p = tl.exp(scores - top[:, None])
@@ -134,17 +133,17 @@ def _forward(
         total = tl.zeros([BLOCK_M], dtype=tl.float32)
         sums = tl.zeros([BLOCK_M, DP], dtype=tl.float32)
         for start in range(0, Nk, BLOCK_N):
-            inside, more = _keys(start + n, count, mask, Nk, COUNT, MASK)
-            keys = _rows(k, start + n, k_n, inside, D, DP, UPCAST)
+            inside, more = read_keys(start + n, count, mask, Nk, COUNT, MASK)
+            keys = read_rows(k, start + n, k_n, inside, D, DP, UPCAST)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale + more[None, :]
             if BIAS:
-                scores = _with_bias(scores, m[:, None], start + n[None, :], bias, bias_m, bias_n, Nq, Nk)
+                scores = add_bias(scores, m[:, None], start + n[None, :], bias, bias_m, bias_n, Nq, Nk)
             higher = tl.maximum(top, tl.max(scores, 1))
             base = tl.where(higher == NOTHING, 0.0, higher)
             p = tl.exp(scores - base[:, None])
             keep = tl.exp(top - base)
             total = total * keep + tl.sum(p, 1)
-            values = _rows(v, start + n, v_n, inside, D, DP, UPCAST)
+            values = read_rows(v, start + n, v_n, inside, D, DP, UPCAST)
             sums = tl.dot(p.to(values.dtype), values, sums * keep[:, None], input_precision=PRECISION)
             top = higher
     some = total > 0
@@ -157,7 +156,7 @@ def _forward(
 
 
 @triton.jit
-def _weights(
+def softmax_weights(
     scores,  # fp32 [BLOCK_M, BLOCK_N], or transposed
     softmax,  # *[2, .., Nq] of one image and head
     m,  # int32 positions
@@ -180,9 +179,9 @@ def _weights(
 
 
 @triton.jit
-def _delta(out, gradient, m, out_n, Nq, D: tl.constexpr, DP: tl.constexpr):
+def delta_of_output(out, gradient, m, out_n, Nq, D: tl.constexpr, DP: tl.constexpr):
     """sum(out * gradient of out), which is the sum over all keys of p * dp, where not all keys are at hand."""
-    return tl.sum(_rows(out, m, out_n, m < Nq, D, DP, True) * gradient.to(tl.float32), 1)
+    return tl.sum(read_rows(out, m, out_n, m < Nq, D, DP, True) * gradient.to(tl.float32), 1)
 
 
 @triton.jit
@@ -226,29 +225,29 @@ def _backward(
     dq += b * dq_b + h * dq_h
     if ONE_TILE or block < blocks_n:
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside, more = _keys(n, count, mask, Nk, COUNT, MASK)
-        keys = _rows(k, n, k_n, inside, D, DP, UPCAST)
-        values = _rows(v, n, v_n, inside, D, DP, UPCAST)
+        inside, more = read_keys(n, count, mask, Nk, COUNT, MASK)
+        keys = read_rows(k, n, k_n, inside, D, DP, UPCAST)
+        values = read_rows(v, n, v_n, inside, D, DP, UPCAST)
         k_sums = tl.zeros([BLOCK_N, DP], dtype=tl.float32)
         v_sums = tl.zeros([BLOCK_N, DP], dtype=tl.float32)
         for start in range(0, BLOCK_M if ONE_BLOCK else Nq, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
-            queries = _rows(q, m, q_n, m < Nq, D, DP, UPCAST)
-            gradient = _rows(grad_out, m, grad_n, m < Nq, D, DP, UPCAST)
+            queries = read_rows(q, m, q_n, m < Nq, D, DP, UPCAST)
+            gradient = read_rows(grad_out, m, grad_n, m < Nq, D, DP, UPCAST)
             # Transposed, keys by queries: the gradients of v and k take p and ds as they lie in registers.
             scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
             if UPCAST and not ONE_TILE:  # a GPU's sums are the forward pass's either way round, the interpreter's not
                 scores = tl.trans(tl.dot(queries, tl.trans(keys), input_precision=PRECISION))
             scores = scores * scale + more[:, None]
             if BIAS:
-                scores = _with_bias(scores, m[None, :], n[:, None], bias, bias_m, bias_n, Nq, Nk)
-            p = _weights(scores, softmax, m, Nq, rows, ONE_TILE, 0)
+                scores = add_bias(scores, m[None, :], n[:, None], bias, bias_m, bias_n, Nq, Nk)
+            p = softmax_weights(scores, softmax, m, Nq, rows, ONE_TILE, 0)
             v_sums = tl.dot(p.to(keys.dtype), gradient, v_sums, input_precision=PRECISION)
             dp = tl.dot(values, tl.trans(gradient), input_precision=PRECISION)
             if ONE_TILE:
                 delta = tl.sum(p * dp, 0)
             else:
-                delta = _delta(out, gradient, m, out_n, Nq, D, DP)
+                delta = delta_of_output(out, gradient, m, out_n, Nq, D, DP)
             ds = (p * (dp - delta[None, :])).to(keys.dtype)
             k_sums = tl.dot(ds, queries, k_sums, input_precision=PRECISION)
             if ONE_TILE:
@@ -258,72 +257,22 @@ def _backward(
         _write_rows(dv + b * dv_b + h * dv_h, n, dv_n, n < Nk, v_sums, D, DP)
     else:
         m = (block - blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-        queries = _rows(q, m, q_n, m < Nq, D, DP, UPCAST)
-        gradient = _rows(grad_out, m, grad_n, m < Nq, D, DP, UPCAST)
-        delta = _delta(out, gradient, m, out_n, Nq, D, DP)
+        queries = read_rows(q, m, q_n, m < Nq, D, DP, UPCAST)
+        gradient = read_rows(grad_out, m, grad_n, m < Nq, D, DP, UPCAST)
+        delta = delta_of_output(out, gradient, m, out_n, Nq, D, DP)
         q_sums = tl.zeros([BLOCK_M, DP], dtype=tl.float32)
         for start in range(0, Nk, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
-            inside, more = _keys(n, count, mask, Nk, COUNT, MASK)
-            keys = _rows(k, n, k_n, inside, D, DP, UPCAST)
-            values = _rows(v, n, v_n, inside, D, DP, UPCAST)
+            inside, more = read_keys(n, count, mask, Nk, COUNT, MASK)
+            keys = read_rows(k, n, k_n, inside, D, DP, UPCAST)
+            values = read_rows(v, n, v_n, inside, D, DP, UPCAST)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale + more[None, :]
             if BIAS:
-                scores = _with_bias(scores, m[:, None], n[None, :], bias, bias_m, bias_n, Nq, Nk)
+                scores = add_bias(scores, m[:, None], n[None, :], bias, bias_m, bias_n, Nq, Nk)
             dp = tl.dot(gradient, tl.trans(values), input_precision=PRECISION)
-            ds = _weights(scores, softmax, m, Nq, rows, False, 1) * (dp - delta[:, None])
+            ds = softmax_weights(scores, softmax, m, Nq, rows, False, 1) * (dp - delta[:, None])
             q_sums = tl.dot(ds.to(keys.dtype), keys, q_sums, input_precision=PRECISION)
         _write_rows(dq, m, dq_n, m < Nq, q_sums * scale, D, DP)
-
-
-@triton.jit
-def _bias_gradient(
-    q, k, v,  # *[B, N, H, D], strided
-    bias, count, mask,  # as in the forward pass
-    out, grad_out,  # *[B, Nq, H, D], strided
-    softmax,  # *[2, B, H, Nq] fp32
-    dbias,  # *[parts, H, Nq, Nk], strided: summed over the images of a part
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, out_b, out_n, out_h, grad_b, grad_n, grad_h,  # strides
-    bias_b, bias_h, bias_m, bias_n, dbias_p, dbias_h, dbias_m, dbias_n,  # strides
-    B, H, Nq, Nk, rows, images, scale,  # images of a part
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    ONE_TILE: tl.constexpr,  # Nk <= BLOCK_N
-    COUNT: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One program per (part of the batch, head, block of queries, block of keys), which goes through its images in
-    order. Reads a block of q, k, v, out and its gradient per image, writes one block."""
-    blocks_n = tl.cdiv(Nk, BLOCK_N)
-    blocks = blocks_n * tl.cdiv(Nq, BLOCK_M)
-    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    part, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    m = block // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = block % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    first = part * images
-    for b in range(first, tl.minimum(first + images, B)):
-        inside, more = _keys(n, count + b * Nk, mask + b * Nk, Nk, COUNT, MASK)
-        queries = _rows(q + b * q_b + h * q_h, m, q_n, m < Nq, D, DP, UPCAST)
-        gradient = _rows(grad_out + b * grad_b + h * grad_h, m, grad_n, m < Nq, D, DP, UPCAST)
-        keys = _rows(k + b * k_b + h * k_h, n, k_n, inside, D, DP, UPCAST)
-        values = _rows(v + b * v_b + h * v_h, n, v_n, inside, D, DP, UPCAST)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale + more[None, :]
-        at_head = bias + b * bias_b + h * bias_h
-        scores = _with_bias(scores, m[:, None], n[None, :], at_head, bias_m, bias_n, Nq, Nk)
-        dp = tl.dot(gradient, tl.trans(values), input_precision=PRECISION)
-        p = _weights(scores, softmax + (b * H + h) * Nq, m, Nq, rows, ONE_TILE, 1)
-        delta = tl.sum(p * dp, 1) if ONE_TILE else _delta(out + b * out_b + h * out_h, gradient, m, out_n, Nq, D, DP)
-        sums += p * (dp - delta[:, None])
-    at = dbias + part * dbias_p + h * dbias_h + m[:, None] * dbias_m + n[None, :] * dbias_n
-    tl.store(at, sums.to(dbias.dtype.element_ty), mask=(m < Nq)[:, None] & (n < Nk)[None, :])
-
-
-_PROGRAMS = 2048  # that the bias gradient splits the batch for; fixed, so that its order of summation is
 
 
 def _tile(count: int, most: int) -> int:
@@ -375,13 +324,6 @@ def _registers(width: int, one: bool, precise: bool, backward: bool) -> int | No
     return 168
 
 
-def _bias_tiles(width: int, keys: int, precise: bool) -> tuple[dict[str, int], int]:
-    """(blocks, warps)."""
-    if precise:
-        return {"BLOCK_M": 16, "BLOCK_N": 64 if width <= 64 and keys <= 64 else 32}, 8
-    return {"BLOCK_M": 32, "BLOCK_N": 64}, 8 if width > 64 else 4
-
-
 def _near(x: Tensor) -> Tensor:
     """A tensor [B, N, H, D] whose last dimension is dense and whose positions are in reach of 32-bit offsets."""
     return x.contiguous() if x.stride(3) != 1 or x.shape[1] * x.stride(1) >= 1 << 31 else x
@@ -392,7 +334,8 @@ def _stands_for(tensor: Tensor | None, instead: Tensor) -> Tensor:
     return instead if tensor is None else tensor
 
 
-def _bias_strides(bias: Tensor | None) -> tuple[int, ...]:
+def bias_strides(bias: Tensor | None) -> tuple[int, ...]:
+    """Of batch, head, query and key; the batch has 0 where it shares the bias."""
     if bias is None:
         return 0, 0, 0, 0
     strides = bias.stride()[-3:]
@@ -405,6 +348,25 @@ def _of_keys(count: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, 
         None if count is None else count.contiguous(),
         None if mask is None else mask.contiguous().view(torch.int8),
     )
+
+
+def attention_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    grad_out: Tensor,
+    softmax: Tensor,
+    bias: Tensor | None,
+    key_log_count: Tensor | None,
+    key_mask: Tensor | None,
+) -> tuple[tuple[Tensor, ...], list[int]]:
+    """What backward kernels begin with: (q, k, v, bias, count, mask, out, grad_out, softmax), and the strides of q, k,
+    v, out and grad_out."""
+    q, k, v, out, grad_out = _near(q), _near(k), _near(v), _near(out), _near(grad_out)
+    scores = (_stands_for(x, softmax) for x in (bias, *_of_keys(key_log_count, key_mask)))
+    strides = [stride for x in (q, k, v, out, grad_out) for stride in x.stride()[:3]]
+    return (q, k, v, *scores, out, grad_out, softmax), strides
 
 
 def forward(
@@ -430,7 +392,7 @@ def forward(
     one, blocks, warps, stages = _forward_tiles(width, queries, keys, precise, bias is not None)
     _forward[(batch * heads * triton.cdiv(queries, blocks["BLOCK_M"]),)](
         q, k, v, _stands_for(bias, softmax), _stands_for(count, softmax), _stands_for(mask, softmax), out, softmax,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *_bias_strides(bias),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *bias_strides(bias),
         heads, queries, keys, batch * heads * queries, scale, width, triton.next_power_of_2(width),
         one, bias is not None, count is not None, mask is not None, "ieee", INTERPRETED, **blocks,
         num_warps=warps, num_stages=stages, maxnreg=_registers(width, one, precise, False), enable_fp_fusion=True,
@@ -451,63 +413,41 @@ def backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    dbias: Tensor | None,
 ) -> None:
-    """Fills the views dq [B, Nq, H, D], dk, dv [B, Nk, H, D] (last dimension dense) and, where it is asked for, dbias,
-    shaped as the bias."""
+    """Fills the views dq [B, Nq, H, D], dk, dv [B, Nk, H, D] (last dimension dense)."""
     if k.numel() == 0 or q.numel() == 0:
-        for gradient in (dq, dk, dv, dbias):
-            if gradient is not None:
-                gradient.zero_()
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
         return
-    q, k, v, out, grad_out = _near(q), _near(k), _near(v), _near(out), _near(grad_out)
-    count, mask = _of_keys(key_log_count, key_mask)
     batch, queries, heads, width = q.shape
     keys, precise = k.shape[1], q.dtype == torch.float32
     one, blocks, warps, stages = _backward_tiles(width, queries, keys, precise)
     programs = 1 if one else triton.cdiv(keys, blocks["BLOCK_N"]) + triton.cdiv(queries, blocks["BLOCK_M"])
-    tensors = (
-        q,
-        k,
-        v,
-        _stands_for(bias, softmax),
-        _stands_for(count, softmax),
-        _stands_for(mask, softmax),
-        out,
-        grad_out,
-        softmax,
-    )
-    strides = [stride for x in (q, k, v, out, grad_out) for stride in x.stride()[:3]]
+    tensors, strides = attention_inputs(q, k, v, out, grad_out, softmax, bias, key_log_count, key_mask)
     _backward[(batch * heads * programs,)](
-        *tensors, dq, dk, dv, *strides, *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *_bias_strides(bias),
+        *tensors, dq, dk, dv, *strides, *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *bias_strides(bias),
         heads, queries, keys, batch * heads * queries, scale,
         width, triton.next_power_of_2(width), one, one and queries <= blocks["BLOCK_M"],
-        bias is not None, count is not None, mask is not None, "ieee", INTERPRETED, **blocks,
+        bias is not None, key_log_count is not None, key_mask is not None, "ieee", INTERPRETED, **blocks,
         num_warps=warps, num_stages=stages, maxnreg=_registers(width, one, precise, True), enable_fp_fusion=True,
     )  # fmt: skip
-    if bias is None or dbias is None:
-        return
-    blocks, warps = _bias_tiles(width, keys, precise)
-    programs = heads * triton.cdiv(queries, blocks["BLOCK_M"]) * triton.cdiv(keys, blocks["BLOCK_N"])
-    shared = dbias.dim() == 3 or dbias.shape[0] == 1
-    images = triton.cdiv(batch, min(batch, triton.cdiv(_PROGRAMS, programs))) if shared else 1
-    parts = triton.cdiv(batch, images)
-    partial = softmax.new_empty((parts, heads, queries, keys)) if shared else dbias
-    _bias_gradient[(parts * programs,)](
-        *tensors, partial, *strides, *_bias_strides(bias), *partial.stride(),
-        batch, heads, queries, keys, batch * heads * queries, images, scale, width, triton.next_power_of_2(width),
-        keys <= blocks["BLOCK_N"], count is not None, mask is not None, "ieee", INTERPRETED, **blocks,
-        num_warps=warps, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
-    if shared:
-        dbias.copy_(partial.sum(0).view(dbias.shape))
 
 
 _ROWS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
 
 
-def _config(kernel: Any, element: str, width: int, one: bool, blocks: dict[str, int], warps: int, stages: int,
-            **flags: bool) -> Config:  # fmt: skip
+def attention_config(
+    kernel: Any,
+    element: str,
+    width: int,
+    one: bool,
+    blocks: dict[str, int],
+    warps: int,
+    stages: int,
+    registers: int | None,
+    **flags: bool,
+) -> Config:
+    """One configuration of a kernel of attention; `flags` are its other constants."""
     constants = {"D": width, "DP": triton.next_power_of_2(width), "ONE_TILE": one, **flags}
     constants |= {"PRECISION": "ieee", "UPCAST": False, **blocks}
     constants |= {name: 1 for name in ("bias_n", "dbias_n") if name in kernel.arg_names}
@@ -515,7 +455,6 @@ def _config(kernel: Any, element: str, width: int, one: bool, blocks: dict[str, 
     types |= dict.fromkeys(("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"), f"*{element}")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     aligned = tuple(n for n, t in signature.items() if t[0] == "*" or n.split("_")[0] in _ROWS)  # packed rows are
-    registers = None if kernel is _bias_gradient else _registers(width, one, element == "fp32", kernel is _backward)
     return Config(kernel, signature, constants, warps, stages, aligned, registers)
 
 
@@ -523,18 +462,12 @@ def _configs(element: str, width: int, queries: int, keys: int, scores: bool) ->
     """Forward and backward, `scores` with all that can be added to them, which takes the most registers."""
     precise = element == "fp32"
     flags = {"BIAS": scores, "COUNT": scores, "MASK": scores}
-    one, blocks, *launch = _backward_tiles(width, queries, keys, precise)
-    block = one and queries <= blocks["BLOCK_M"]
-    return [
-        _config(_forward, element, width, *_forward_tiles(width, queries, keys, precise, scores), **flags),
-        _config(_backward, element, width, one, blocks, *launch, ONE_BLOCK=block, **flags),
-    ]
-
-
-def _bias_config(element: str, width: int, keys: int) -> Config:
-    blocks, warps = _bias_tiles(width, keys, element == "fp32")
-    one = keys <= blocks["BLOCK_N"]
-    return _config(_bias_gradient, element, width, one, blocks, warps, 1, COUNT=True, MASK=True)
+    launch = _forward_tiles(width, queries, keys, precise, scores)
+    registers = _registers(width, launch[0], precise, False)
+    forward = attention_config(_forward, element, width, *launch, registers, **flags)
+    launch = _backward_tiles(width, queries, keys, precise)
+    registers, block = _registers(width, launch[0], precise, True), launch[0] and queries <= launch[1]["BLOCK_M"]
+    return [forward, attention_config(_backward, element, width, *launch, registers, ONE_BLOCK=block, **flags)]
 
 
 AHEAD_OF_TIME = [
@@ -546,5 +479,4 @@ AHEAD_OF_TIME = [
     *[c for width in (32, 64) for n in (50, 197) for c in _configs("fp32", width, n, n, True)],
     *[c for width in (48, 64) for c in _configs("fp32", width, 50, 50, False)],
     *[c for width in (80, 128) for c in _configs("fp32", width, 50, 50, True)],
-    *[_bias_config(e, width, n) for e in ("bf16", "fp32") for width in (64, 128) for n in (32, 50, 197)],
 ]

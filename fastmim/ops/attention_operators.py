@@ -89,10 +89,12 @@ def _backward(grad_out: Tensor, inputs: Any, others: Any, gradients: Any, larges
     bias, key_log_count, key_mask = _dense_scores(*scores)
     grad_out, grad_bias = _dense_rows(grad_out), _bias_gradient(out, bias, differentiate_bias)
     if backend == "triton":
-        attention_backends.triton().backward(
-            q, k, v, out, grad_out, lse, bias, key_log_count, key_mask, scale, *gradients,
-            grad_bias if differentiate_bias else None,
-        )  # fmt: skip
+        saved, rest = (q, k, v, out, grad_out, lse), (key_log_count, key_mask, scale)
+        attention_backends.triton().backward(*saved, bias, *rest, *gradients)
+        if bias is not None and differentiate_bias:
+            from fastmim.kernels.attention_bias_gradient import bias_gradient
+
+            bias_gradient(*saved, bias, *rest, grad_bias)
     else:
         compiled().prefer_large_pages(largest.data_ptr(), largest.nbytes)
         compiled().packed_attention_backward(

@@ -80,6 +80,25 @@ def test_throughput_against_another_precision_and_piece_by_piece(tmp_path, capsy
     assert all(row["dtype"] == "bf16" and row["ratio"] > 0 and row["peak_mb"] > 0 for row in rows)
 
 
+def test_the_plain_way_can_be_compiled(tmp_path, capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    path = tmp_path / "throughput.json"
+    arguments = ["--methods", "mae", "--model", "vit_tiny_patch16_224", "--baseline-compile", *TINY]
+    assert throughput.main([*arguments, "--json", str(path)]) == 0, capsys.readouterr().err
+    assert [row["baseline"] for row in read_rows(path)] == ["plain PyTorch, torch.compile"]
+    assert len(compiled) == 1
+
+
+@pytest.mark.gpu
+@_needs_gpu
+def test_on_a_gpu_the_graph_is_a_piece_too(tmp_path, capsys):
+    path = tmp_path / "throughput.json"
+    arguments = ["--methods", "mae", "--model", "vit_tiny_patch16_224", "--quick", "--device", "cuda", "--ablate"]
+    assert throughput.main([*arguments, "--json", str(path)]) == 0, capsys.readouterr().err
+    assert read_rows(path)[-1]["baseline"] == f"without {throughput.GRAPH}"
+
+
 def test_every_piece_is_really_left_out(monkeypatch):
     """Each switch changes what runs: the attention, the module's setting or the chosen backend."""
     for method in ("mae", "simmim", "a2mim", "mixedae"):

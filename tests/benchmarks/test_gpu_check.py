@@ -55,7 +55,7 @@ def test_all_stages_pass(stand_in, tmp_path):
     assert (summary["gpu"], summary["torch"]) == ("NVIDIA H200", "2.11.0")
     stages = {stage["stage"]: stage for stage in summary["stages"]}
     assert list(stages)[:3] == ["build", "info", "gpu_tests"]
-    assert list(stages)[-2:] == ["ops", "throughput"]
+    assert list(stages)[-4:] == ["ops", "throughput", "pieces", "compiled"]
     files = len(list((SCRIPT.parents[1] / "tests").rglob("test_*.py")))
     assert stages["suite"]["last_line"].strip() == f"{3 * files} passed"
     assert stages["build"]["last_line"] == "did setup.py build_ext --inplace"
@@ -68,7 +68,7 @@ def test_a_failing_stage_fails_the_check_and_the_others_still_run(stand_in, tmp_
     assert "failed (1)" in done.stdout
     summary = json.loads((tmp_path / "results" / "check.json").read_text())
     assert not summary["passed"]
-    assert summary["stages"][-1] == summary["stages"][-1] | {"stage": "throughput", "status": "passed"}
+    assert summary["stages"][-1] == summary["stages"][-1] | {"stage": "compiled", "status": "passed"}
 
 
 def test_files_whose_tests_all_need_the_gpu_are_no_failure(stand_in, tmp_path):

@@ -7,6 +7,7 @@ from fastmim.ops.packed_attention import WIDTHS, attention_ref
 
 triton = pytest.importorskip("triton")
 launchers = pytest.importorskip("fastmim.kernels.packed_attention")
+of_bias = pytest.importorskip("fastmim.kernels.attention_bias_gradient")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
@@ -23,7 +24,9 @@ def run(q, k, v, grad_out, bias=None, mask=None):
     dbias = None if bias is None else torch.full_like(bias, float("nan"))
     softmax = torch.full((2, q.shape[0], q.shape[2], q.shape[1]), float("nan"), device=DEVICE)
     launchers.forward(q, k, v, bias, None, mask, 0.2, out, softmax)
-    launchers.backward(q, k, v, out, grad_out, softmax, bias, None, mask, 0.2, dq, dk, dv, dbias)
+    launchers.backward(q, k, v, out, grad_out, softmax, bias, None, mask, 0.2, dq, dk, dv)
+    if bias is not None:
+        of_bias.bias_gradient(q, k, v, out, grad_out, softmax, bias, None, mask, 0.2, dbias)
     return out, dq, dk, dv, dbias
 
 
@@ -49,7 +52,7 @@ def test_writes_nothing_beside_its_views(width):
     out, dq, dk, dv = (b[:, 1:-1, 1:3, 5 : 5 + width] for b in buffers)
     softmax = torch.empty(2, 2, 2, 18, device=DEVICE)
     launchers.forward(q, k, v, None, None, None, 0.2, out, softmax)
-    launchers.backward(q, k, v, out, grad_out, softmax, None, None, None, 0.2, dq, dk, dv, None)
+    launchers.backward(q, k, v, out, grad_out, softmax, None, None, None, 0.2, dq, dk, dv)
     for view, wanted in zip((out, dq, dk, dv), run(q, k, v, grad_out), strict=False):
         torch.testing.assert_close(view, wanted)
         view.fill_(7.0)
@@ -57,7 +60,7 @@ def test_writes_nothing_beside_its_views(width):
 
 
 def test_gradient_of_a_shared_bias_is_summed_over_parts_of_the_batch(monkeypatch):
-    monkeypatch.setattr(launchers, "_PROGRAMS", 2)  # two parts of three images and two
+    monkeypatch.setattr(of_bias, "_PROGRAMS", 2)  # two parts of three images and two
     q, k, v, grad_out = make(5, 16, 20, 1, 32)
     bias = torch.randn(1, 1, 16, 20, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     dbias = run(q, k, v, grad_out, bias)[4]

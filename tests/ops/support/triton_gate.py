@@ -73,7 +73,9 @@ def not_listed(module: str) -> list[str]:
     """Kernels of `module` that no configuration ships: neither in AHEAD_OF_TIME nor called by another kernel."""
     loaded = importlib.import_module(module)
     kernels = {
-        name: value for name, value in vars(loaded).items() if hasattr(value, "arg_names") and hasattr(value, "fn")
+        name: value
+        for name, value in vars(loaded).items()
+        if hasattr(value, "arg_names") and hasattr(value, "fn") and value.fn.__module__ == module
     }
     listed = {config.kernel for config in loaded.AHEAD_OF_TIME}
     sources = {name: Path(loaded.__file__).read_text().count(f"{name}(") for name in kernels}  # type: ignore[arg-type]
