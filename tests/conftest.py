@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from tests.timm_fixture import timm  # noqa: F401  (a fixture, here so that there is one for all tests)
+# Several processes of pytest-xdist, and the commands that their tests start, share the cores; OpenMP reads this once.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _workers > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
+
+import torch  # noqa: E402
+
+from tests.timm_fixture import timm  # noqa: E402, F401  (a fixture, here so that there is one for all tests)
 
 if not torch.cuda.is_available():
     # Here, and not beside the operations' tests, because it must come before anything at all imports triton.

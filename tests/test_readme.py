@@ -19,7 +19,7 @@ def test_python_runs_as_it_stands(block, request):
 def test_there_are_exactly_two_set_up_commands():
     assert re.findall(r"^pip install .*$", README, flags=re.MULTILINE) == [
         "pip install torch==2.13.0 -e . && python -m fastmim.train",
-        "pip install torch==2.13.0 -e '.[test]' && python -m pytest",
+        "pip install torch==2.13.0 -e '.[test]' && python -m pytest -n 2",
     ]
 
 
