@@ -83,6 +83,11 @@ class TrainConfig:
     resume: str = "auto"
     """auto: continue an unfinished run of these very settings where there is one. never: start anew. PATH: continue
     that run folder or checkpoint."""
+    resume_allow: list[str] = field(default_factory=list)
+    """Settings or groups, such as optim.lr,data, that may differ from those of the run that is continued although they
+    change its course. (Its length, and what leaves its course alone, may differ anyway.)"""
+    dry_run: bool = False
+    """Check everything, say what would be trained, and end: nothing is trained or written."""
     evaluate: bool = False
     """Measure the encoder by k-NN and linear probe before and after training, where the data has labels."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -172,6 +177,17 @@ def check(cfg: TrainConfig) -> None:
         raise ConfigError(f"out: {cfg.out} has '..' in it; give a folder below this one, or an absolute path")
     if cfg.out is not None and cfg.out.exists() and not cfg.out.is_dir():
         raise ConfigError(f"out: {cfg.out} is a file, not a folder")
+    _known_settings("resume_allow", cfg.resume_allow, flat(to_dict(cfg)))
+
+
+def _known_settings(key: str, names: list[str], known: dict[str, Any]) -> None:
+    from difflib import get_close_matches
+
+    for name in names:
+        if not any(setting == name or setting.startswith(f"{name}.") for setting in known):
+            close = get_close_matches(name, known, 1, 0.6)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{key}: there is no setting {name!r}{hint}")
 
 
 def check_patch(size: tuple[int, int], patch: int) -> None:
@@ -251,9 +267,10 @@ def _plain(value: Any) -> Any:
 
 def to_yaml(cfg: TrainConfig) -> str:
     """The settings of a run; `--config FILE` with them starts the same run again, in a folder of its own."""
-    return yaml.safe_dump(
-        to_dict(cfg) | {"out": None, "resume": "auto"}, sort_keys=False, allow_unicode=True, default_flow_style=None
-    )
+    values = to_dict(cfg) | {"out": None, "resume": "auto"}
+    for key in ("resume_allow", "dry_run"):  # of one start, not of the run
+        del values[key]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

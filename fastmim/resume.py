@@ -27,8 +27,9 @@ MAY_CHANGE = (
     "engine.nonfinite",
     "engine.max_skips",
     "engine.timeout",
+    "engine.watchdog",
 )
-NOT_COMPARED = ("out", "resume", "recipe")  # names and places, not settings
+NOT_COMPARED = ("out", "resume", "resume_allow", "dry_run", "recipe")  # names and places, not settings
 
 
 @dataclass
@@ -95,15 +96,20 @@ def _agreeing(folder: Path, cfg: TrainConfig) -> tuple[str, ...]:
     """What changed against the run in `folder`, where all of it may change; an error with all differences otherwise."""
     found = _compare(folder, cfg)
     lines = {key: f"{key}: {_text(old)} -> {_text(new)}" for key, (old, new) in found.items()}
-    refused = [line for key, line in lines.items() if not key.startswith(MAY_CHANGE)]
+    refused = [line for key, line in lines.items() if not key.startswith(MAY_CHANGE) and not _allowed(key, cfg)]
     if refused:
         raise ConfigError(
             f"out: {folder} holds a run with other settings:\n  "
             + "\n  ".join(refused)
             + "\nThese may not change when a run continues. Choose another --out, or the settings of that run "
-            f"(--resume {folder} takes them all)."
+            f"(--resume {folder} takes them all). What may change: {', '.join(key.rstrip('.') for key in MAY_CHANGE)}; "
+            f"and what you allow by name: --resume_allow KEY,KEY."
         )
     return tuple(lines.values())
+
+
+def _allowed(key: str, cfg: TrainConfig) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in cfg.resume_allow)
 
 
 def _text(value: Any) -> str:

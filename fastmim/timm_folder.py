@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastmim.engine.injector import inject
+
 if TYPE_CHECKING:
     from fastmim.models import Encoder
 
@@ -97,6 +99,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        inject("export")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

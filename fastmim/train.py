@@ -22,6 +22,8 @@ logger = logging.getLogger("fastmim.train")
 
 def main(argv: list[str]) -> None:
     cfg = parse(argv)
+    if cfg.dry_run:
+        return rehearse(cfg)
     try:
         world = World.from_environment(cfg.engine.device, cfg.engine.timeout)
     except ValueError as error:
@@ -46,7 +48,8 @@ def train(cfg: TrainConfig, world: World) -> None:
     with RunFolder(place.folder, fresh=place.resume == "never", world=world) as run:
         if world.is_main:
             run.write("config.yaml", to_yaml(cfg))
-            introduce(cfg, place, source, method)
+            for line in introduction(cfg, place, source, method):
+                logger.info(line)
         try:
             trainer = create_trainer(cfg, place, run, source, method)
         except ValueError as error:
@@ -61,6 +64,20 @@ def train(cfg: TrainConfig, world: World) -> None:
             conclude(cfg, run, source, result, before, after)
 
         world.from_main(finish)
+
+
+def rehearse(cfg: TrainConfig) -> None:
+    """All that comes before training, but for the folder."""
+    place = choose_place(cfg)
+    try:
+        source, method = build(cfg)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    steps_per_epoch = max(1, len(source) // cfg.batch_size)
+    steps, rate = cfg.total_steps(steps_per_epoch), cfg.optim.peak_lr(cfg.batch_size)
+    print(*introduction(cfg, place, source, method), sep="\n")
+    print(f"batch size {cfg.batch_size}, peak learning rate {rate:.3g}, {steps} steps of {steps_per_epoch} an epoch")
+    print("Nothing was trained or written (dry_run).")
 
 
 def build(cfg: TrainConfig) -> tuple["Source", "Method"]:
@@ -121,23 +138,26 @@ def create_trainer(cfg: TrainConfig, place: Place, run: "RunFolder", source: "So
 
 
 def measure(encoder: "Encoder", cfg: TrainConfig) -> dict[str, "Score"]:
+    from fastmim.engine.injector import inject
     from fastmim.evaluation import probe
 
+    inject("eval")
     return probe(encoder, cfg.data, cfg.size)
 
 
-def introduce(cfg: TrainConfig, place: Place, source: "Source", method: "Method") -> None:
-    """What is about to happen; the trainer adds device, precision, rate and steps."""
-    say = logger.info
+def introduction(cfg: TrainConfig, place: Place, source: "Source", method: "Method") -> list[str]:
+    """What is about to happen, in lines; the trainer adds device, precision, rate and steps."""
     count = sum(p.numel() for p in method.encoder.parameters())
-    say("%s with %s (%.3g M parameters), images of %dx%d", cfg.method_name, cfg.model.name, count / 1e6, *cfg.size)
+    height, width = cfg.size
     classes = f"in {len(source.classes)} classes" if source.classes else "without labels"
-    say("%s: %d images %s", source.name, len(source), classes)
+    lines = [
+        f"{cfg.method_name} with {cfg.model.name} ({count / 1e6:.3g} M parameters), images of {height}x{width}",
+        f"{source.name}: {len(source)} images {classes}",
+    ]
     if cfg.optim.base_lr is not None:
-        say("rate: %g per %d images, here for %d", cfg.optim.base_lr, cfg.optim.lr_per, cfg.batch_size)
-    say("%s %s", "new run in" if place.resume == "never" else "continuing", place.folder)
-    for line in place.changed:
-        say("changed since then: %s", line)
+        lines.append(f"rate: {cfg.optim.base_lr:g} per {cfg.optim.lr_per} images, here for {cfg.batch_size}")
+    lines.append(f"{'new run in' if place.resume == 'never' else 'continuing'} {place.folder}")
+    return lines + [f"changed since then: {line}" for line in place.changed]
 
 
 def conclude(

@@ -67,6 +67,8 @@ def typed_value(parser: ArgumentParser, where: str, key: str, value: Any, types_
     text = value if isinstance(value, str) else json.dumps(value)
     if isinstance(value, str) and _is_numbers(text) and _holds_tuple(kind):
         text = f"[{text}]"
+    if isinstance(value, str) and kind == list[str] and not text.startswith("["):
+        text = json.dumps([part.strip() for part in text.split(",")])
     try:
         parsed = parser.parse_args([f"--{key}={text}"], defaults=False)
     except ArgumentError:
@@ -117,7 +119,7 @@ def _expected(kind: Any) -> str:
             else "numbers with commas between them"
         )
     if origin is list:
-        return "a list like [1, 2]"
+        return "names with commas between them" if parts == (str,) else "a list like [1, 2]"
     return "a mapping like {name: value}" if origin is dict else "valid"
 
 

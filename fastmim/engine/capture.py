@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastmim.engine.injector import inject
 from fastmim.engine.step import StepOutput, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ class GraphedStep:
         views = {name.removeprefix(_VIEW): view for name, view in buffers.items() if view is not None}
         assert images is not None
         try:
+            inject("capture")
             form.replay, form.output = self._graphs.capture(
                 lambda: self.step.run(images, labels, indices, views=views, pictures=True)
             )

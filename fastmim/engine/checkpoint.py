@@ -131,9 +131,11 @@ class CheckpointStore:
         _sync_folder(folder)
 
     def _prune(self) -> None:
-        for path in self.steps()[: -self.keep]:
+        whole = [path for path in self.steps() if (path / "state.json").is_file()]  # others do not count towards `keep`
+        for path in (path for path in self.steps() if path < whole[-self.keep :][0]):
             doomed = path.with_name(f"{_TEMPORARY}old-{path.name}")  # so that a kill leaves no half of it
             try:
+                inject("prune")
                 os.rename(path, doomed)
                 shutil.rmtree(doomed)
             except OSError as error:

@@ -243,7 +243,7 @@ class World:
         # torch raises RuntimeError, and its subclasses, for broken and expired connections alike.
         if self.heartbeat is None or not isinstance(error, RuntimeError):
             return None
-        return self.heartbeat.who_is_lost()
+        return self.heartbeat.who_is_lost(timed_out="imed out" in str(error))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

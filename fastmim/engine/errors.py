@@ -1,10 +1,11 @@
 """How a run ends: exceptions that carry the exit code of the command.
 
 0 done, 1 bug, 2 user or configuration, 3 data over budget, 4 non-finite, 5 disk full,
-75 preempted and saved, 124 another process of the run was lost, 130 Ctrl-C.
+75 preempted and saved, 124 no progress, or another process of the run was lost, 130 Ctrl-C.
 """
 
 DONE, BUG, USER, DATA, NON_FINITE, DISK_FULL, PREEMPTED, PROCESS_LOST, CTRL_C = 0, 1, 2, 3, 4, 5, 75, 124, 130
+HUNG = PROCESS_LOST
 
 
 class RunError(Exception):

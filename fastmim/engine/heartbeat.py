@@ -37,6 +37,8 @@ class Heartbeat:
         self.rank, self.size = rank, size
         self.last_words: Callable[[int, str], None] | None = None
         """Called with exit code and reason before this process is ended for a lost one."""
+        self.where: Callable[[], str] = lambda: "not training"
+        """What this process is doing: told with every beat, and to the user should the others wait for it in vain."""
         self._store, self._own = store, store.clone()  # a connection of its own: the other may be waiting
         self._timeout = timeout
         self._left = threading.Event()
@@ -69,10 +71,11 @@ class Heartbeat:
         """What this process said as it left, if it did."""
         return json.loads(self._store.get(f"end/{rank}")) if self._store.check([f"end/{rank}"]) else None
 
-    def who_is_lost(self) -> ProcessLost | None:
+    def who_is_lost(self, timed_out: bool = False) -> ProcessLost | None:
         """Called when a collective failed: the processes that ended for a reason of their own, or without a word.
 
-        Takes up to a few seconds, because silence takes time to hear. None: everybody is there.
+        Takes up to a few seconds, because silence takes time to hear. None: everybody is there, and the collective did
+        not time out. If it did, somebody lives and hangs: then what each of them is doing.
         """
         try:
             before = self._beats()
@@ -89,8 +92,14 @@ class Heartbeat:
             return ProcessLost(
                 "the store through which the processes meet is gone, so its host (rank 0, or the launcher)"
             )
-        if not silent:
+        if not silent and not timed_out:
             return None
+        if not silent:
+            doing = (f"{self._name(r)} is {beats[r].decode().partition(' ')[2]}" for r in range(self.size))
+            return ProcessLost(
+                f"after {self._timeout:g} s (engine.timeout) some process has not answered, though all live; "
+                + "; ".join(doing)
+            )
         return ProcessLost(f"{' and '.join(map(self._name, silent))} gives no sign of life")
 
     def _beats(self) -> list[bytes]:
@@ -105,7 +114,7 @@ class Heartbeat:
         try:
             while not self._left.wait(BEAT):
                 count += 1
-                self._own.set(f"beat/{self.rank}", str(count))
+                self._own.set(f"beat/{self.rank}", f"{count} {self.where()}")
                 beat = self._own.get(f"beat/{neighbour}")
                 silent = silent + 1 if beat == seen else 0  # counted in own beats: when all are frozen, nobody is lost
                 seen = beat

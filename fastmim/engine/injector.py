@@ -1,19 +1,28 @@
 """Faults on demand, for tests: FASTMIM_INJECT="kind@where=number[,kind@where=number...]". Unset, it does nothing.
 "kind@where=number:rank" happens in that process of a run only; nothing happens again once a launcher restarted it.
 
-kind   raise, sigint, sigterm, sigkill, enospc, eio; nan is returned to the caller, who spoils its numbers
-where  step (before it), loss, grad: number is the step, counted from 1;
-       checkpoint_write (before each file), rename: number is the how-manieth in this process, "2-" all from there
+kind   raise, sigint, sigterm, sigkill, enospc, edquot, eio, estale; stall: waits for ever; clock: the wall clock
+       jumps back a day; nan, spike: the caller multiplies its numbers by NaN or by 1000
+where  step (before it), loader (before its batch is asked for), forward (within it), loss, grad: number is the step,
+       counted from 1;
+       checkpoint_write (before each file), rename, prune, capture, eval (before each measurement), export (before each
+       file takes its place): number is the how-manieth in this process, "2-" all from there
 """
 
 import errno
 import os
 import signal
+import time
 from collections import Counter
 from dataclasses import dataclass
 
-_KINDS = ("raise", "sigint", "sigterm", "sigkill", "enospc", "eio", "nan")
-_WHERE = ("step", "loss", "grad", "checkpoint_write", "rename")
+_ERRORS = {"enospc": errno.ENOSPC, "edquot": errno.EDQUOT, "eio": errno.EIO, "estale": errno.ESTALE}
+_FACTORS = {"nan": float("nan"), "spike": 1000.0}
+_KINDS = ("raise", "sigint", "sigterm", "sigkill", "stall", "clock", *_ERRORS, *_FACTORS)
+_WHERE = (
+    *("step", "loader", "forward", "loss", "grad"),
+    *("checkpoint_write", "rename", "prune", "capture", "eval", "export"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,25 +59,32 @@ def injecting() -> bool:
     return bool(_faults)
 
 
-def inject(where: str, number: int | None = None) -> bool:
-    """Let a fault happen here if one was asked for. True: the caller is to put NaN into what it holds."""
+def inject(where: str, number: int | None = None) -> float:
+    """Let a fault happen here if one was asked for. Returns what the caller is to multiply its numbers by."""
     if not _faults:
-        return False
+        return 1.0
     _seen[where] += 1
     number = _seen[where] if number is None else number
-    spoil = False
+    factor = 1.0
     for fault in _faults:
         if fault.where == where and fault.first <= number <= fault.last:
-            spoil |= _happen(fault)
-    return spoil
+            factor *= _happen(fault)
+    return factor
 
 
-def _happen(fault: _Fault) -> bool:
+def _happen(fault: _Fault) -> float:
     if fault.kind == "raise":
         raise RuntimeError(f"injected at {fault.where}")
-    if fault.kind in ("enospc", "eio"):
-        number = errno.ENOSPC if fault.kind == "enospc" else errno.EIO
+    if fault.kind in _ERRORS:
+        number = _ERRORS[fault.kind]
         raise OSError(number, f"{os.strerror(number)} (injected at {fault.where})")
-    if fault.kind != "nan":
-        os.kill(os.getpid(), getattr(signal, fault.kind.upper()))
-    return fault.kind == "nan"
+    if fault.kind in _FACTORS:
+        return _FACTORS[fault.kind]
+    if fault.kind == "clock":
+        now = time.time
+        time.time = lambda: now() - 86_400.0
+        return 1.0
+    while fault.kind == "stall":
+        time.sleep(60)
+    os.kill(os.getpid(), getattr(signal, fault.kind.upper()))
+    return 1.0

@@ -74,7 +74,7 @@ class RunFolder:
             self._release()
             raise RunFolderError(f"out: {self.path} cannot be written ({error.strerror})") from None
         if self.world.heartbeat is not None:
-            self.world.heartbeat.last_words = self._end
+            self.world.heartbeat.last_words = self.end
         self._signals.__enter__()
         for line in self._news:
             logger.info(line)
@@ -106,7 +106,7 @@ class RunFolder:
         elif code != DONE:
             level = logging.WARNING if lost is not None else logging.INFO
             logger.log(level, "exit code %d: %s", code, reason, extra={"file_only": True})
-        self._end(code, reason)
+        self.end(code, reason)
         stop_logs(self._handlers)
         if self.world.size == 1:
             self._signals.__exit__(kind, error, trace)
@@ -114,8 +114,8 @@ class RunFolder:
         if lost is not None:
             raise lost from None
 
-    def _end(self, code: int, reason: str) -> None:
-        """Write exit.json."""
+    def end(self, code: int, reason: str) -> None:
+        """Write exit.json. On leaving this is done anyway; for those who end the process by other means."""
         if not self.world.is_main:
             return
         facts = {"code": code, "reason": reason, "time": time.strftime("%FT%T%z")}

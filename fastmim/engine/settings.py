@@ -155,12 +155,16 @@ class EngineConfig:
     timeout: float = 600.0
     """Several processes: seconds without an answer or a sign of life after which another one counts as lost and the run
     ends, naming it. The slowest checkpoint has to be written in this time."""
+    watchdog: float = 1800.0
+    """Seconds without progress (waiting for images, in one step, in one save) after which the run writes the stacks of
+    all its threads to train.log and ends with exit code 124; 0: never. The first step may compile for minutes."""
 
     def __post_init__(self) -> None:
         _check_period("engine.checkpoint_every", self.checkpoint_every)
         _check(self.keep_checkpoints >= 1, f"engine.keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
         _check(0 <= self.ema < 1, f"engine.ema must lie in [0, 1), got {self.ema}")
         _check(0 < self.timeout < math.inf, f"engine.timeout must be a positive number of seconds, got {self.timeout}")
+        _check(0 <= self.watchdog < math.inf, f"engine.watchdog must be a number of seconds, or 0, got {self.watchdog}")
         _check(self.max_skips >= 0, f"engine.max_skips must not be negative, got {self.max_skips}")
 
 

@@ -108,7 +108,7 @@ class TrainStep:
             value.fill_(self._schedules[name](step))
         spoilt = [inject("loss", step + 1), inject("grad", step + 1)]
         if self._spoil is not None:
-            self._spoil.copy_(torch.tensor([float("nan") if bad else 1.0 for bad in spoilt]))
+            self._spoil.copy_(torch.tensor(spoilt))
 
     def run(
         self,
@@ -177,6 +177,7 @@ class TrainStep:
             )
             with nullcontext() if self.parallel is None else self.parallel.micro_batch(last=i == count - 1):
                 with autocast(self.precision, self.device, cache=self.weight_cache):
+                    inject("forward", self._next)
                     output = forward(batch)
                 loss = output.loss / count if count > 1 else output.loss
                 if self._spoil is not None:

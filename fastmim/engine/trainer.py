@@ -33,9 +33,11 @@ from fastmim.engine.saver import Saver
 from fastmim.engine.schedule import Schedule
 from fastmim.engine.settings import EngineConfig, LogConfig, OptimConfig, in_steps
 from fastmim.engine.signals import CODES, StopSignals
+from fastmim.engine.spikes import SpikeWatch
 from fastmim.engine.step import StepOutput, TrainStep
 from fastmim.engine.tensorboard import TensorBoard, create_board
 from fastmim.engine.training_state import TrainingState
+from fastmim.engine.watchdog import Watchdog
 from fastmim.methods import Method, Pictures
 from fastmim.models.norms import synchronise_batch_norms
 
@@ -133,6 +135,7 @@ class Trainer:
         self.result = FitResult(step=0, picture=max(run.pictures.glob("step-*.png"), default=None))
         self.batches: Loader | None = None
         self.replaced = 0  # unreadable images that this process met, since the start of the run
+        self.watchdog = Watchdog(engine.watchdog, run.path / "train.log", run.end)
         self.watch = FiniteWatch(self.train_step, run, engine, seed)
         self.saver = Saver(run, self.state, engine, self.facts)
         self._resumed = self.saver.start(str(resume), total_steps)  # state.json of the checkpoint started from
@@ -184,7 +187,11 @@ class Trainer:
             if self._resumed is not None:
                 batches.load_state(state_of(self._resumed["data"], self.world.rank, self.world.size))
                 set_rng_states(self._resumed["rng"], self.device)
+            spikes = SpikeWatch(self.run.metrics if main else None)
             interval = Interval()
+            stack.enter_context(self.watchdog)
+            if self.world.heartbeat is not None:
+                self.world.heartbeat.where = lambda: self.watchdog.where
             while result.step < self.total_steps:
                 inject("step", result.step + 1)
                 asked = self.world.largest(signals.received or 0)
@@ -193,7 +200,9 @@ class Trainer:
                 output = self._one_step(batches, interval)
                 step, last = result.step, result.step == self.total_steps
                 if last or step % self.log_every == 0:
+                    self.watchdog.at(step, "reading the loss")
                     values = self._read(output, interval)
+                    values |= spikes.look(step, values["loss"])
                     interval = Interval()
                     metrics.write(values)
                     board.scalars(values, step)
@@ -205,6 +214,7 @@ class Trainer:
                     self._draw(output.pictures, board)
                 if last or (self.checkpoint_every and step % self.checkpoint_every == 0):
                     self.watch.check()
+                    self.watchdog.at(step, "saving")
                     self._save(must=last)
                 interval.paused += time.perf_counter() - paused
         result.skipped = self.watch.skipped
@@ -212,7 +222,9 @@ class Trainer:
 
     def _one_step(self, batches: Loader, interval: Interval) -> StepOutput:
         step = self.result.step
+        self.watchdog.at(step + 1, "waiting for images")
         asked = time.perf_counter()
+        inject("loader", step + 1)
         raw = next(batches)
         interval.waited += time.perf_counter() - asked
         interval.images += len(raw.images) * self.world.size
@@ -224,6 +236,7 @@ class Trainer:
         done = step + 1
         draw = done == self.total_steps or bool(self.pictures_every and done % self.pictures_every == 0)
         draw &= self.world.is_main
+        self.watchdog.at(step + 1, "training")
         output = self.do_step(
             self._normalised(raw.images),
             self._moved(raw.labels),
@@ -243,7 +256,7 @@ class Trainer:
         images = images.to(self.device, non_blocking=True)
         return normalise(images, *self._mean_std) if images.dtype == torch.uint8 else images
 
-    def _read(self, output: StepOutput, interval: Interval) -> dict[str, float | int | None]:
+    def _read(self, output: StepOutput, interval: Interval) -> dict[str, Any]:
         """The line of a logged step, over all processes: the one place where the host waits for the device."""
         names = ["loss", *output.parts, "grad_norm"]
         tensors = [output.loss, *output.parts.values(), output.grad_norm]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmim.data import DataConfig, DataError, create_source, held_out_source
+from fastmim.data import DataConfig, DataError, create_source, digits, held_out_source
 from fastmim.data.errors import printable
 
 
@@ -41,6 +41,18 @@ class TestDigits:
         assert source.mean == pytest.approx((values.mean(),), abs=2e-4)
         assert source.std == pytest.approx((values.std(),), abs=2e-4)
 
+    def test_are_those_of_scikit_learn(self, monkeypatch):
+        from sklearn.datasets import load_digits
+
+        theirs = load_digits()
+        source = create_source(DataConfig())
+        assert (source.images == np.rint(theirs.images * (255 / 16))).all()
+        assert (source.labels == theirs.target).all()
+        monkeypatch.setattr(digits.Path, "is_file", lambda path: False)
+        again = create_source(DataConfig())
+        assert (again.images == source.images).all()
+        assert (again.labels == source.labels).all()
+
     def test_are_never_mirrored_unless_asked(self):
         assert create_source(DataConfig()).flip is False
         assert create_source(DataConfig(flip=True)).flip is True
@@ -51,7 +63,7 @@ class TestDigits:
         assert len(source.mean) == len(source.std) == 3
 
     def test_name_what_is_missing(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+        monkeypatch.setitem(sys.modules, "sklearn", None)
         with pytest.raises(DataError, match=r"pip install scikit-learn, or .* --data.root DIR"):
             create_source(DataConfig())
 

@@ -22,6 +22,7 @@ from tests.engine.fake_graph import FakeGraphs
 from tests.engine.tiny_run import BATCH, SIZE, TinyMethod
 
 CPU = torch.device("cpu")
+NAN = float("nan")
 
 
 def images(step, batch=BATCH, size=SIZE):
@@ -123,7 +124,7 @@ def test_a_resumed_step_goes_on_with_its_own_index():
 @pytest.mark.parametrize("where", ["loss", "grad"])
 def test_a_replay_notices_what_is_not_finite_before_the_optimizer(where, monkeypatch):
     monkeypatch.setattr(step_module, "injecting", lambda: True)
-    monkeypatch.setattr(step_module, "inject", lambda place, n: place == where and n == 5)
+    monkeypatch.setattr(step_module, "inject", lambda place, n: NAN if (place, n) == (where, 5) else 1.0)
     step = train_step(tiny())
     runner = GraphedStep(step, FakeGraphs(), warmup=1)
     losses(runner, step, count=4)

@@ -50,7 +50,7 @@ def test_a_late_look_still_finds_weights_as_they_were(tmp_path, monkeypatch):
     gpu = {"device": "cuda", "precision": "fp32"}
     tiny_run(tmp_path / "whole", total=6, engine={**gpu, "checkpoint_every": 6}, optim={"schedule": "constant"})
     monkeypatch.setattr(step_module, "injecting", lambda: True)
-    monkeypatch.setattr(step_module, "inject", lambda place, n: place == "loss" and n == 7)
+    monkeypatch.setattr(step_module, "inject", lambda place, n: float("nan") if (place, n) == ("loss", 7) else 1.0)
     torch.manual_seed(0)
     method = TinyMethod()
     with pytest.raises(NonFiniteError, match="step 7"):

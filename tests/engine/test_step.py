@@ -13,6 +13,8 @@ from fastmim.engine.settings import OptimConfig
 from fastmim.engine.step import TrainStep
 from tests.engine.tiny_run import BATCH, SIZE, TinyMethod
 
+NAN = float("nan")
+
 
 def images(seed=0):
     return torch.randn(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
@@ -49,7 +51,7 @@ def fault(monkeypatch):
     """fault("loss", 2): NaN into the loss of step 2 (counted from 1)."""
 
     def set_fault(where, number):
-        monkeypatch.setattr(step_module, "inject", lambda place, n: place == where and n == number)
+        monkeypatch.setattr(step_module, "inject", lambda place, n: NAN if (place, n) == (where, number) else 1.0)
 
     monkeypatch.setattr(step_module, "injecting", lambda: True)
     return set_fault

@@ -10,6 +10,8 @@ from fastmim.engine import step as step_module
 from fastmim.engine.checkpoint import read_checkpoint
 from tests.engine.tiny_run import BATCH, DrawnLoader, TinyMethod, read_metrics, tiny_run, tiny_trainer
 
+NAN = float("nan")
+
 
 def weights(out, step):
     found = read_checkpoint(out / "checkpoints" / f"step-{step:08d}").tensors
@@ -186,7 +188,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
 @pytest.mark.parametrize("every", [1, 5])
 def test_non_finite_stops_names_the_images_and_keeps_the_checkpoint(tmp_path, monkeypatch, where, every):
     monkeypatch.setattr(step_module, "injecting", lambda: True)
-    monkeypatch.setattr(step_module, "inject", lambda place, n: place == where and n == 7)
+    monkeypatch.setattr(step_module, "inject", lambda place, n: NAN if (place, n) == (where, 7) else 1.0)
     with pytest.raises(NonFiniteError, match="step 7") as caught:
         tiny_run(tmp_path, log={"every": every})
     assert caught.value.code == 4
@@ -203,7 +205,7 @@ def test_non_finite_stops_names_the_images_and_keeps_the_checkpoint(tmp_path, mo
 
 def test_skipping_goes_on_until_the_cap(tmp_path, monkeypatch):
     monkeypatch.setattr(step_module, "injecting", lambda: True)
-    monkeypatch.setattr(step_module, "inject", lambda place, n: place == "loss" and n in (3, 6, 9))
+    monkeypatch.setattr(step_module, "inject", lambda place, n: NAN if place == "loss" and n in (3, 6, 9) else 1.0)
     result = tiny_run(tmp_path / "a", engine={"nonfinite": "skip", "max_skips": 3})
     assert result.skipped == 3
     assert read_metrics(tmp_path / "a")[-1]["skipped_steps"] == 3
