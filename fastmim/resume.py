@@ -20,6 +20,8 @@ MAY_CHANGE = (
     "evaluate",
     "log.",
     "data.root",
+    "data.pipeline",  # the loader says what this means for the batches, and keeps to what the run began with if unsure
+    "data.dali_device",
     "data.workers",
     "data.prefetch",
     "engine.checkpoint_every",

@@ -11,7 +11,10 @@ from fastmim.engine.distributed import World
 from fastmim.resume import Place, choose_place
 
 if TYPE_CHECKING:
+    import torch
+
     from fastmim.data import Source
+    from fastmim.data.choice import Choice
     from fastmim.engine import FitResult, RunFolder, Trainer
     from fastmim.evaluation import Score
     from fastmim.methods import Method
@@ -36,12 +39,14 @@ def train(cfg: TrainConfig, world: World) -> None:
     """The run, in each of its processes; the main one decides the place, measures and writes."""
     place = Place(**world.from_main(lambda: choose_place(cfg).to_dict()))
 
+    from fastmim.data.choice import Choice
     from fastmim.engine import RunFolder
     from fastmim.evaluation import load_encoder
 
     try:
         world.share(cfg.batch_size, cfg.optim.accumulate)
         source, method = build(cfg)
+        choice = Choice(**world.from_main(lambda: choose(cfg, world, source).to_dict()))
         untrained = copy.deepcopy(method.encoder) if cfg.evaluate else None
     except ValueError as error:  # what does not fit together says so in a sentence
         raise ConfigError(str(error)) from None
@@ -51,7 +56,7 @@ def train(cfg: TrainConfig, world: World) -> None:
             for line in introduction(cfg, place, source, method):
                 logger.info(line)
         try:
-            trainer = create_trainer(cfg, place, run, source, method)
+            trainer = create_trainer(cfg, place, run, source, method, choice)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         before: dict[str, Score] = {}
@@ -103,7 +108,22 @@ def build(cfg: TrainConfig) -> tuple["Source", "Method"]:
     return source, create_method(cfg.method_name, encoder, cfg.method, cfg.size)
 
 
-def create_trainer(cfg: TrainConfig, place: Place, run: "RunFolder", source: "Source", method: "Method") -> "Trainer":
+def device_of(cfg: TrainConfig, world: World) -> "torch.device":
+    from fastmim.engine.precision import choose_device
+
+    return choose_device(cfg.engine.device, world.local_rank if world.size > 1 else None)
+
+
+def choose(cfg: TrainConfig, world: World, source: "Source") -> "Choice":
+    """What reads the images."""
+    from fastmim.data.choice import choose_pipeline
+
+    return choose_pipeline(source, cfg.data, "gpu" if device_of(cfg, world).type == "cuda" else "cpu")
+
+
+def create_trainer(
+    cfg: TrainConfig, place: Place, run: "RunFolder", source: "Source", method: "Method", choice: "Choice"
+) -> "Trainer":
     from fastmim.data import create_loader
     from fastmim.engine import Trainer
 
@@ -112,7 +132,17 @@ def create_trainer(cfg: TrainConfig, place: Place, run: "RunFolder", source: "So
     return Trainer(
         method,
         lambda step: create_loader(
-            source, cfg.data, cfg.size, cfg.batch_size, cfg.seed, world.rank, world.size, start_step=step, views=views
+            source,
+            cfg.data,
+            cfg.size,
+            cfg.batch_size,
+            cfg.seed,
+            world.rank,
+            world.size,
+            start_step=step,
+            views=views,
+            device=device_of(cfg, world),
+            choice=choice,
         ),
         run,
         cfg.optim,

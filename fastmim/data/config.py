@@ -25,15 +25,20 @@ class DataConfig:
     .fastmim-exclude.txt in that folder, where there is one (`python -m fastmim.data.verify` writes it)."""
 
     pipeline: Literal["auto", "dali", "pillow"] = "auto"
-    """What decodes, crops and resizes training images. dali needs `pip install "fastmim[dali]"`, runs on the CPU, and
-    takes `workers` as its number of threads. auto is pillow, and the log says why."""
+    """What decodes, crops and resizes training images: Pillow in worker processes, or DALI (`pip install
+    "fastmim[dali]"`), which takes `workers` as its number of threads and leaves what is no JPEG to Pillow. auto: DALI
+    where it is installed, training is on a GPU and nine images in ten are JPEGs, otherwise Pillow; the log says why.
+    A run that is resumed stays with what it was begun with, because the two differ by resampling."""
+
+    dali_device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where DALI decodes and resizes; its batches are made there. auto: where training is."""
 
     workers: int | Literal["auto"] = "auto"
     """Processes that read images; 0 reads them in the training process. auto: 0 for digits, otherwise one per CPU.
     Batches are the same whatever the number."""
 
     prefetch: int = 4
-    """Batches made ahead of the one in use, with workers."""
+    """Batches made ahead of the one in use, with workers or DALI."""
 
     scale: tuple[float, float] | None = None
     """Smallest and largest share of the image area that a random crop covers. Default: 0.2 1 for folders, 0.6 1 for
@@ -86,6 +91,10 @@ class DataConfig:
             raise DataError(f"data.bad_budget must be 0 or more; got {self.bad_budget}.")
         if self.std is not None and min(self.std) <= 0:
             raise DataError(f"data.std must be positive; got {list(self.std)}.")
+        if self.pipeline == "pillow" and self.dali_device != "auto":
+            raise DataError(
+                f"data.dali_device is {self.dali_device}, but data.pipeline is pillow: drop one of the two."
+            )
         if self.source == "folder" and self.root is None:
             raise DataError("data.source is folder, but data.root is not given: say --data.root DIR.")
         if self.source == "digits" and self.root is not None:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fastmim.data.budget import Budget
+from fastmim.data.choice import Choice, Device, checked, choose_again, choose_pipeline
 from fastmim.data.config import DataConfig
 from fastmim.data.draws import permutation
 from fastmim.data.errors import DataError
-from fastmim.data.pipeline import TrainRow
+from fastmim.data.pipeline import Made, TrainRow
 from fastmim.data.pixels import normalise
 from fastmim.data.sources import Source
 from fastmim.data.views import ViewSpec
@@ -33,7 +34,7 @@ _log = logging.getLogger("fastmim.data")
 class RawBatch:
     """This process's part of one batch.
 
-    images: [B, C, H, W] float32 (normalised) or uint8, as `DataConfig.output` says.
+    images: [B, C, H, W] float32 (normalised) or uint8, as `DataConfig.output` says; on a GPU where DALI works there.
     labels: [B] int64, or None where images have no labels.
     indices: [B] int64, the images in it, after replacements.
     replaced: unreadable images replaced since the start of the run, in this process's batches, this one included.
@@ -65,6 +66,20 @@ class Loader(Protocol):
     def close(self) -> None: ...
 
 
+class _Views(Protocol):
+    """Batches as tensors, made in the order in which they are asked for."""
+
+    ahead: int  # how many batches may be asked for before one is taken
+
+    def ask(self, tasks: Sequence[Task]) -> None: ...
+
+    def take(self) -> tuple[list[Tensor], list[Made]]:
+        """The views of the oldest batch asked for, and what became of its rows."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class TrainLoader:
     """Batches by Pillow or DALI, as `cfg.pipeline` says. An iterator and a context manager.
 
@@ -78,9 +93,11 @@ class TrainLoader:
         rank, world_size: which part of each batch is ours.
         start_step: first step to give.
         views: crops to make of every image, the first being `images`; one of `img_size` when empty.
+        device: where training is.
+        choice: the pipeline, where it was chosen before.
 
     Raises:
-        DataError: a batch that cannot be shared equally among the processes.
+        DataError: a batch that cannot be shared equally among the processes, or DALI where it cannot be.
         BadDataError: from `next`, when more files were unreadable than the budget allows.
         WorkerError: from `next`, when a worker process failed.
     """
@@ -96,6 +113,8 @@ class TrainLoader:
         world_size: int = 1,
         start_step: int = 0,
         views: Sequence[ViewSpec] = (),
+        device: torch.device | None = None,
+        choice: Choice | None = None,
     ) -> None:
         cfg.check()
         if batch_size < 1 or batch_size % world_size:
@@ -108,19 +127,16 @@ class TrainLoader:
         self.steps_per_epoch = max(1, len(source) // batch_size)
         self.step = start_step
         self.workers = workers_for(source, cfg)
-        self._output = cfg.output
         self._batch_size = batch_size
         self._share = batch_size // world_size
         self._first = rank * self._share
-        self._ahead = cfg.prefetch
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, epoch, len(source)))
-        self._pipeline, self._interpolation = cfg.pipeline, cfg.interpolation
+        self._cfg, self._device = cfg, device or torch.device("cpu")
+        self._training: Device = "gpu" if self._device.type == "cuda" else "cpu"
+        self.choice = choose_pipeline(source, cfg, self._training) if choice is None else checked(choice)
         self._make = TrainRow(source, cfg, img_size, seed, views)
-        self._shapes = {view.name: (source.in_chans, *view.size) for view in self._make.views}
-        flat = (sum(int(np.prod(shape)) for shape in self._shapes.values()),)
-        self._shape = (self._share, *((source.in_chans, *img_size) if len(self._shapes) == 1 else flat))
         self._budget = Budget(source, cfg)
-        self._batches: Batches | None = None
+        self._batches: _Views | None = None
         self._asked = start_step
 
     def __iter__(self) -> Self:
@@ -133,39 +149,44 @@ class TrainLoader:
         while self._asked < self.step + self._batches.ahead:
             self._batches.ask(self._tasks(self._asked))
             self._asked += 1
-        pixels, made = self._batches.take()
+        views, made = self._batches.take()
         self.step += 1
         for row in made:
             self._budget.record(row)
         indices = np.array([row.image for row in made], dtype=np.int64)
         labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[indices])
-        images, *others = self._views(torch.from_numpy(pixels))
-        views = dict(zip(list(self._shapes)[1:], others, strict=True))
-        return RawBatch(images, labels, torch.from_numpy(indices), self._budget.replaced, views)
+        named = dict(zip([view.name for view in self._make.views[1:]], views[1:], strict=True))
+        return RawBatch(views[0], labels, torch.from_numpy(indices), self._budget.replaced, named)
 
-    def _start(self) -> Batches:
-        if self._pipeline == "dali":
-            from fastmim.data.dali import DaliRows
+    def _start(self) -> _Views:
+        cfg, source = self._cfg, self.source
+        mean, std = (self.mean, self.std) if cfg.output == "float32" else (None, None)
+        views = self._make.views
+        shapes = [(source.in_chans, *view.size) for view in views]
+        if self.choice.pipeline == "dali":
+            from fastmim.data.dali import DaliBatches
+            from fastmim.data.dali_graph import Graph
 
-            return DaliRows(self._make, self._shape, self.workers, self._interpolation)
-        return create_batches(self._make, self._shape, self.workers, self._ahead, self.source.path)
-
-    def _views(self, rows: Tensor) -> list[Tensor]:
-        """Every view of the batch, as a copy: the slot is filled again by the next call."""
-        shapes = list(self._shapes.values())
-        parts = rows.flatten(1).split([int(np.prod(shape)) for shape in shapes], dim=1)
-        views = [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
-        if self._output == "float32":
-            return [normalise(view, self.mean, self.std) for view in views]
-        return [view.clone(memory_format=torch.contiguous_format) for view in views]
+            graph = Graph(views, source.in_chans, cfg.interpolation, mean, std, self.choice.device)
+            device = self._device if self.choice.device == "gpu" else torch.device("cpu")
+            return DaliBatches(self._make, graph, self._share, self.workers, cfg.prefetch, device)
+        row = shapes[0] if len(shapes) == 1 else (sum(int(np.prod(shape)) for shape in shapes),)
+        batches = create_batches(self._make, (self._share, *row), self.workers, cfg.prefetch, source.path)
+        return _FromRows(batches, shapes, mean, std)
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands: JSON; batches that were made ahead but not given count as not made."""
-        return {"step": self.step, "images": len(self.source), **self._budget.state()}
+        return {"step": self.step, "images": len(self.source), "pipeline": self.choice.name} | self._budget.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue where `state()` was taken, in this or another process."""
+        """Continue where `state()` was taken, in this or another process.
+
+        Raises:
+            DataError: the pipeline that the run was begun with cannot be had here, and `cfg` asks for no other.
+        """
         self.close()
+        if "pipeline" in state:
+            self.choice = choose_again(state["pipeline"], self.source, self._cfg, self.choice, self._training)
         if state.get("images", len(self.source)) != len(self.source):
             _log.warning(
                 "%s has %d images, but had %d when the run was saved: it goes on with other images than it would have",
@@ -194,6 +215,31 @@ class TrainLoader:
         return [(epoch, int(self._order(epoch)[place])) for epoch, place in zip(epochs.tolist(), places, strict=True)]
 
 
+class _FromRows:
+    """Rows of bytes as tensors, one for each view; normalised where `mean` and `std` are given."""
+
+    def __init__(
+        self,
+        batches: Batches,
+        shapes: Sequence[tuple[int, ...]],
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ) -> None:
+        self.rows, self.ahead = batches, batches.ahead
+        self.ask, self.close = batches.ask, batches.close
+        self._shapes, self._mean, self._std = shapes, mean, std
+
+    def take(self) -> tuple[list[Tensor], list[Made]]:
+        rows, made = self.rows.take()
+        sizes = [int(np.prod(shape)) for shape in self._shapes]
+        parts = torch.from_numpy(rows).flatten(1).split(sizes, dim=1)
+        views = [part.reshape(-1, *shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        # A copy in either case: the slot is filled again by the next `ask`.
+        if self._mean is not None and self._std is not None:
+            return [normalise(view, self._mean, self._std) for view in views], made
+        return [view.clone(memory_format=torch.contiguous_format) for view in views], made
+
+
 def create_loader(
     source: Source,
     cfg: DataConfig,
@@ -204,11 +250,16 @@ def create_loader(
     world_size: int = 1,
     start_step: int = 0,
     views: Sequence[ViewSpec] = (),
+    device: torch.device | None = None,
+    choice: Choice | None = None,
 ) -> Loader:
-    """The training loader that `cfg` asks for; arguments as `TrainLoader` has them."""
-    if cfg.pipeline == "auto" and not source.in_memory:
-        _log.info("Images are read by Pillow, in workers that run ahead of training (data.pipeline: auto).")
-    return TrainLoader(source, cfg, img_size, batch_size, seed, rank, world_size, start_step, views)
+    """The training loader that `cfg` asks for, with a line in the log where it chooses; arguments as `TrainLoader` has
+    them."""
+    loader = TrainLoader(source, cfg, img_size, batch_size, seed, rank, world_size, start_step, views, device, choice)
+    if loader.choice.reason:
+        how = "DALI on the GPU" if loader.choice.pipeline == "dali" else "Pillow"
+        _log.info("Images are read by %s (data.pipeline: auto): %s.", how, loader.choice.reason)
+    return loader
 
 
 def workers_for(source: Source, cfg: DataConfig) -> int:

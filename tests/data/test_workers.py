@@ -110,7 +110,7 @@ def test_close_ends_the_processes(class_folder):
     cfg = DataConfig(root=class_folder, workers=2)
     loader = TrainLoader(create_source(cfg), cfg, (16, 16), 8, 0)
     next(loader)
-    processes = [worker.process for worker in loader._batches._workers]
+    processes = [worker.process for worker in loader._batches.rows._workers]
     assert all(process.is_alive() for process in processes)
     loader.close()
     assert not any(process.is_alive() for process in processes)
@@ -124,7 +124,7 @@ def test_a_loader_survives_one_killed_worker(class_folder):
     with TrainLoader(source, cfg, (16, 16), 8, 0) as loader:
         for step in range(8):
             if step == 2:
-                os.kill(loader._batches._workers[1].process.pid, signal.SIGKILL)
+                os.kill(loader._batches.rows._workers[1].process.pid, signal.SIGKILL)
             assert torch.equal(next(loader).images, next(expected).images)
 
 
@@ -133,7 +133,7 @@ def test_workers_leave_signals_to_the_training_process(class_folder):
     cfg = DataConfig(root=class_folder, workers=2)
     with TrainLoader(create_source(cfg), cfg, (16, 16), 8, 0) as loader:
         next(loader)
-        processes = [worker.process for worker in loader._batches._workers]
+        processes = [worker.process for worker in loader._batches.rows._workers]
         for process in processes:
             os.kill(process.pid, signal.SIGTERM)
             os.kill(process.pid, signal.SIGINT)
@@ -148,7 +148,7 @@ SCRIPT = """
     cfg = DataConfig(root=sys.argv[1], workers=2)
     loader = TrainLoader(create_source(cfg), cfg, (16, 16), 8, 0)
     next(loader)
-    print(*(worker.process.pid for worker in loader._batches._workers), flush=True)
+    print(*(worker.process.pid for worker in loader._batches.rows._workers), flush=True)
     {end}
 """
 
