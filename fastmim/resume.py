@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "engine.max_skips",
     "engine.timeout",
     "engine.watchdog",
+    "engine.parallel",
 )
 NOT_COMPARED = ("out", "resume", "resume_allow", "dry_run", "recipe")  # names and places, not settings
 

@@ -65,8 +65,8 @@ class CudaGraphs:
         return graph.replay, output
 
 
-def why_no_graph(wanted: str, device: torch.device, optimizer: torch.optim.Optimizer) -> str:
-    """Empty where steps can be captured, else the reason.
+def why_no_graph(wanted: str, device: torch.device, optimizer: torch.optim.Optimizer, *, gathers: bool = False) -> str:
+    """Empty where steps can be captured, else the reason. `gathers`: weights are spread over processes.
 
     Raises:
         ValueError: graphs were asked for (`wanted` is "on") where they cannot be.
@@ -76,6 +76,8 @@ def why_no_graph(wanted: str, device: torch.device, optimizer: torch.optim.Optim
     reason = ""
     if device.type != "cuda":
         reason = f"graphs need a CUDA device, this run is on {device.type}"
+    elif gathers:
+        reason = "FSDP (engine.parallel) gathers weights anew in each step"
     elif any(not isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
         reason = f"{type(optimizer).__name__} takes its learning rate from the host"
     if reason and wanted == "on":

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastmim.engine.errors import CheckpointError
 from fastmim.engine.injector import inject
+from fastmim.engine.pieces import Pieces
 from fastmim.engine.tensor_file import write_tensors
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,17 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return self.state["step"]
+
+    def outlines(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Tensors that tell names, whole shapes and dtypes."""
+        return self.tensors
+
+    def rows(self, wanted: Pieces) -> dict[str, dict[str, Tensor]]:
+        """The rows that the pieces are of, in CPU memory. Names and shapes have been checked."""
+        return {
+            group: {name: piece.cut(self.tensors[group][name]) for name, piece in pieces.items()}
+            for group, pieces in wanted.items()
+        }
 
 
 class CheckpointStore:
@@ -189,11 +201,15 @@ def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list
 
 
 def check_fits(what: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError naming up to five misfits; warn of values that are not finite."""
+    """Raise CheckpointError naming up to five misfits."""
     problems = misfits(expected, found)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{what} does not fit this method: {'; '.join(problems[:5])}{more}.")
+
+
+def warn_if_not_finite(what: str, found: Mapping[str, Tensor]) -> None:
+    """safetensors checks no values."""
     strange = [name for name, t in found.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if strange:
         logger.warning("%s holds NaN or infinite values in %s", what, ", ".join(strange[:5]))

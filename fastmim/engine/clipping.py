@@ -1,14 +1,21 @@
 """Norms of gradients and clipping by them, all on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 
-def gradient_norms(gradients: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The norm of each gradient and that of all together (not finite if any element is not)."""
+def gradient_norms(
+    gradients: Sequence[Tensor], add_up: Callable[[Tensor], Tensor] | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """The norm of each gradient and that of all together (not finite if any element is not).
+
+    `add_up`: where each process holds some rows of every gradient, makes sums over these sums over all rows.
+    """
     norms = list(torch._foreach_norm(list(gradients)))
+    if add_up is not None:
+        norms = list(add_up(torch.stack(norms).square()).sqrt().unbind())
     return norms, torch.linalg.vector_norm(torch.stack(norms))
 
 

@@ -14,8 +14,8 @@ from fastmim.methods import Batch, Method, Output, Pictures
 logger = logging.getLogger(__name__)
 
 
-class _Forward(nn.Module):
-    """What is wrapped: gives tensors in a tuple and a dict, because DistributedDataParallel looks into no others."""
+class MethodForward(nn.Module):
+    """What is wrapped: gives tensors in a tuple and a dict, because what wraps it looks into no others."""
 
     def __init__(self, method: Method) -> None:
         super().__init__()
@@ -41,8 +41,11 @@ class DataParallel:
             DistributedDataParallel; with more, torch cannot combine that with postponed averaging.
     """
 
+    name = "ddp"
+    add_up = None  # every process holds all of every gradient
+
     def __init__(self, method: Method, accumulate: int) -> None:
-        self._forward = _Forward(method)
+        self._forward = MethodForward(method)
         device = next(method.parameters()).device
         with warnings.catch_warnings(), _side_stream(device):
             warnings.filterwarnings(
@@ -63,6 +66,9 @@ class DataParallel:
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """The context of forward and backward of one micro-batch: only after the last one gradients travel."""
         return nullcontext() if last else self._parallel.no_sync()
+
+    def collect_gradients(self) -> None:
+        """They are where they belong."""
 
 
 def _side_stream(device: torch.device) -> AbstractContextManager[None]:

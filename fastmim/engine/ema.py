@@ -3,13 +3,16 @@
 import torch
 from torch import Tensor, nn
 
+from fastmim.engine.pieces import local_part
+
 
 class Ema:
     """average <- decay * average + (1 - decay) * weights after each step; buffers are followed as they are."""
 
     def __init__(self, method: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._live = method.state_dict()  # references to the method's tensors, detached
+        # References to the method's tensors, detached; of spread ones the rows of this process.
+        self._live = {name: local_part(tensor) for name, tensor in method.state_dict().items()}
         self.average = {name: tensor.clone() for name, tensor in self._live.items()}
         trained = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
         self._averaged = [name for name in self._live if name in trained]

@@ -11,7 +11,7 @@ import functools
 import importlib
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,12 +22,19 @@ __all__ = ["Lamb", "apex_lamb", "create_lamb", "find_apex"]
 logger = logging.getLogger(__name__)
 
 
-def create_lamb(groups: list[dict], *, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+def create_lamb(
+    groups: list[dict],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    add_up: Callable[[Tensor], Tensor] | None = None,
+) -> torch.optim.Optimizer:
     """LAMB over groups that have "params", "lr" and "weight_decay": NVIDIA's fused kernels where they can run (a GPU,
-    and an apex built with them), else `Lamb`. Both make the same steps and keep the same state."""
-    fused = find_apex() if groups[0]["params"][0].device.type == "cuda" else None
+    and an apex built with them), else `Lamb`. Both make the same steps and keep the same state. `add_up`: see `Lamb`;
+    apex knows whole tensors only."""
+    fused = find_apex() if groups[0]["params"][0].device.type == "cuda" and add_up is None else None
     if fused is None:
-        return Lamb(groups, betas=betas, eps=eps)
+        return Lamb(groups, betas=betas, eps=eps, add_up=add_up)
     logger.info("LAMB: NVIDIA's apex is found, its FusedLAMB is used.")
     for group in groups:
         group["lr"] = float(group["lr"])  # kernel arguments there
@@ -76,6 +83,7 @@ class Lamb(_KeepsSteps):
         betas: decay of the running averages of the gradient and of its square.
         eps: added to the denominator.
         weight_decay: decay inside of the rescaled step; groups without decay are not rescaled.
+        add_up: where each process holds some rows of every parameter, makes sums over these sums over all rows.
     """
 
     def __init__(
@@ -85,7 +93,9 @@ class Lamb(_KeepsSteps):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
+        add_up: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self._add_up = add_up
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -121,18 +131,21 @@ class Lamb(_KeepsSteps):
         rate = scalar(alive * group["lr"])
         if "decay" in group:
             torch._foreach_add_(updates, torch._foreach_mul(trained, group["decay"]), alpha=1)
-            torch._foreach_mul_(updates, list((_trust(trained, updates) * rate).unbind()))
+            torch._foreach_mul_(updates, list((_trust(trained, updates, self._add_up) * rate).unbind()))
         elif group["weight_decay"] != 0:
             torch._foreach_add_(updates, trained, alpha=group["weight_decay"])
-            torch._foreach_mul_(updates, list((_trust(trained, updates) * rate).unbind()))
+            torch._foreach_mul_(updates, list((_trust(trained, updates, self._add_up) * rate).unbind()))
         else:
             torch._foreach_mul_(updates, rate)
         torch._foreach_sub_(trained, updates)
 
 
-def _trust(weights: list[Tensor], updates: list[Tensor]) -> Tensor:
+def _trust(weights: list[Tensor], updates: list[Tensor], add_up: Callable[[Tensor], Tensor] | None) -> Tensor:
     """|p| / |u| of every pair, 1 where one of them is zero. [number of tensors]"""
-    weight, update = (torch.stack(list(torch._foreach_norm(tensors))) for tensors in (weights, updates))
+    norms = torch.stack(list(torch._foreach_norm([*weights, *updates])))
+    if add_up is not None:
+        norms = add_up(norms.square()).sqrt()
+    weight, update = norms.chunk(2)
     return torch.where((weight > 0) & (update > 0), weight / update, 1.0)
 
 

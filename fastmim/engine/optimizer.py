@@ -1,6 +1,6 @@
 """AdamW and LAMB over correctly grouped parameters, with a learning rate that a captured step can change."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastmim.engine.checkpoint import check_fits
 from fastmim.engine.lamb import create_lamb
+from fastmim.engine.pieces import local_part
 from fastmim.engine.settings import OptimConfig
 
 __all__ = [
@@ -28,7 +29,8 @@ def parameter_groups(
     """Trained parameters grouped by (decayed or not, learning-rate scale), in the order of the method.
 
     Not decayed: biases, parameters with at most one dimension (norms, LayerScale), names in `no_decay`.
-    Each group has "params", "names", "weight_decay", "decays" (is it of the decayed?) and "lr_scale".
+    Each group has "params" (their `local_part`s), "names", "weight_decay", "decays" (is it of the decayed?) and
+    "lr_scale".
 
     Raises:
         ValueError: `lr_scales` names a parameter that is not there, or there is nothing to train.
@@ -46,7 +48,7 @@ def parameter_groups(
         scale = lr_scales.get(name, 1.0)
         new = {"params": [], "names": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
         group = groups.setdefault((decays, scale), new | {"decays": decays})
-        group["params"].append(parameter)
+        group["params"].append(local_part(parameter))
         group["names"].append(name)
     if not groups:
         raise ValueError(f"{type(method).__name__} has no parameter that requires a gradient: nothing to train")
@@ -75,7 +77,11 @@ class ScheduledAdamW(torch.optim.AdamW):
 
 
 def create_optimizer(
-    method: nn.Module, optim: OptimConfig, *, rates_on_device: bool | None = None
+    method: nn.Module,
+    optim: OptimConfig,
+    *,
+    rates_on_device: bool | None = None,
+    add_up: Callable[[Tensor], Tensor] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimiser of a `Method` that lies on its device: fused AdamW, or LAMB.
 
@@ -83,6 +89,8 @@ def create_optimizer(
     also because one kernel then reads and writes each tensor once. With `rates_on_device` (None: on a GPU) the learning
     rate, and a weight decay with a schedule, are tensors: changing them neither synchronises nor is baked into a
     captured step.
+
+    Of spread parameters it is given the rows of this process; `add_up` then makes sums over these sums over all rows.
     """
     groups = parameter_groups(method, optim.weight_decay, method.no_weight_decay(), method.lr_scales())  # type: ignore[operator]
     device = groups[0]["params"][0].device
@@ -93,7 +101,7 @@ def create_optimizer(
         if scheduled and group["decays"]:
             group["decay"] = torch.full((), optim.weight_decay, device=device)
     if optim.name == "lamb":
-        return create_lamb(groups, betas=optim.betas, eps=optim.eps)
+        return create_lamb(groups, betas=optim.betas, eps=optim.eps, add_up=add_up)
     settings: dict[str, Any] = {"lr": groups[0]["lr"], "betas": optim.betas, "eps": optim.eps, "fused": True}
     if scheduled:
         for group in groups:
@@ -122,6 +130,10 @@ def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> N
             group["weight_decay"] = weight_decay
 
 
+STATE = ("step", "exp_avg", "exp_avg_sq")
+"""What the optimiser keeps for each parameter that had a gradient: a count, and two tensors like the parameter."""
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's tensors under "exp_avg/encoder.norm.weight" and the like."""
     return {
@@ -145,7 +157,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str,
         tensor.copy_(tensors[key])
     for name, parameter in named_parameters(optimizer):
         if name in present:
-            optimizer.state[parameter] = {key: expected[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {key: expected[f"{key}/{name}"] for key in STATE}
 
 
 def named_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fastmim.engine.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from fastmim.engine.errors import CheckpointError, DiskFullError
 from fastmim.engine.metrics import cut_metrics
@@ -13,6 +15,8 @@ from fastmim.engine.settings import EngineConfig
 from fastmim.engine.training_state import TrainingState
 
 logger = logging.getLogger(__name__)
+
+Tensors = Mapping[str, Mapping[str, Tensor]]
 
 _FAILED_SAVES = 3  # in a row, before the run ends for want of disk
 
@@ -49,16 +53,17 @@ class Saver:
         Raises:
             DiskFullError: it cannot be written, nor could the two before.
         """
+        tensors = self.state.tensors(keep=self.world.is_main)
         if must:
-            self.world.from_main(lambda: self._write(step, course, must))
+            self.world.from_main(lambda: self._write(step, tensors, course, must))
         elif self.world.is_main:
-            self._write(step, course, must)
+            self._write(step, tensors, course, must)
         if not self.world.is_main:
             self.newest = self.store.path_of(step)
 
-    def _write(self, step: int, course: Mapping[str, Any], must: bool) -> None:
+    def _write(self, step: int, tensors: Tensors, course: Mapping[str, Any], must: bool) -> None:
         try:
-            self.newest = self.store.save(step, self.state.tensors(), {**self.facts, **course})
+            self.newest = self.store.save(step, tensors, {**self.facts, **course})
             self._failed = 0
         except OSError as error:
             self._failed += 1
@@ -116,7 +121,7 @@ class Saver:
                 f"{path} is at step {checkpoint.step}, beyond this run's {total_steps}; give more epochs or steps"
             )
         self.state.load(checkpoint)
-        changed = [f"{k} {state.get(k)} -> {v}" for k, v in self.facts.items() if k != "meta" and state.get(k) != v]
+        changed = [f"{k} {state.get(k)} -> {v}" for k, v in self.facts.items() if k != "meta" and state.get(k, v) != v]
         if changed and self.world.is_main:
             logger.warning("Resumed with changes, so the steps to come may not repeat exactly: %s", "; ".join(changed))
         if path.parent == self.store.folder:

@@ -134,6 +134,9 @@ class EngineConfig:
     graph: Literal["auto", "on", "off"] = "auto"
     """Capture whole training steps as CUDA graphs: fewer launches, which counts for small models and small batches per
     GPU. auto does so where it is possible, and trains without where it is not, saying why; on makes that an error."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Several processes: ddp keeps all weights in each of them; fsdp (FSDP2) spreads weights, gradients and optimiser
+    state over them, for encoders that are too large for one GPU, and sends more. auto is ddp."""
     sync_bn: bool = False
     """Several processes: batch norms of any encoder take their statistics over all of them, so that the run does not
     depend on their number. The papers of SparK and FCMAE do so (`method.sync_bn`, on by default), those of the other

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastmim.engine.clipping import clip_gradients, gradient_norms
 from fastmim.engine.data_parallel import DataParallel
 from fastmim.engine.ema import Ema
+from fastmim.engine.fully_sharded import FullySharded
 from fastmim.engine.injector import inject, injecting
 from fastmim.engine.optimizer import named_parameters
 from fastmim.engine.precision import autocast
@@ -62,7 +63,7 @@ class TrainStep:
         stop: bool,
         ema: Ema | None,
         first: int = 0,
-        parallel: DataParallel | None = None,
+        parallel: DataParallel | FullySharded | None = None,
         agree: Callable[[Tensor], None] | None = None,
         weight_cache: bool = True,
         schedules: Mapping[str, Callable[[int], float]] | None = None,
@@ -124,7 +125,7 @@ class TrainStep:
             torch._foreach_copy_(self._kept, self._buffers)
         output = self._gradients(images, labels, indices, views or {}, pictures)
         gradients = [parameter.grad for _, parameter in self.named if parameter.grad is not None]
-        norms, total = gradient_norms(gradients)
+        norms, total = gradient_norms(gradients, None if self.parallel is None else self.parallel.add_up)
         self.norms = list(zip((n for n, p in self.named if p.grad is not None), norms, strict=True))
         output.grad_norm = total
 
@@ -188,6 +189,8 @@ class TrainStep:
                 result.parts[name] = result.parts.get(name, 0) + part.detach() / count
             if pictures and i == count - 1:
                 result.pictures = output.pictures
+        if self.parallel is not None:
+            self.parallel.collect_gradients()
         if self._spoil is not None:
-            next(p.grad for _, p in self.named if p.grad is not None).mul_(self._spoil[1])
+            next(p.grad for _, p in self.named if p.grad is not None and p.grad.numel()).mul_(self._spoil[1])
         return result

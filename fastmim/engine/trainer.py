@@ -16,10 +16,11 @@ from fastmim.data import Loader, normalise
 from fastmim.data.loader_states import state_of
 from fastmim.engine.capture import WARMUP, WARMUP_DDP, CudaGraphs, GraphedStep, why_no_graph
 from fastmim.engine.compiling import compile_blocks
-from fastmim.engine.data_parallel import DataParallel, tell_of_local_statistics
+from fastmim.engine.data_parallel import tell_of_local_statistics
 from fastmim.engine.ema import Ema
 from fastmim.engine.errors import Interrupted
 from fastmim.engine.fit_result import FitResult, Interval
+from fastmim.engine.fully_sharded import FullySharded, choose_parallel
 from fastmim.engine.health import FiniteWatch
 from fastmim.engine.injector import inject
 from fastmim.engine.metrics import MetricsFile
@@ -95,8 +96,9 @@ class Trainer:
         self.method = method.to(self.device).train()
         if engine.sync_bn:
             synchronise_batch_norms(self.method)
-        parallel = DataParallel(self.method, optim.accumulate) if world.size > 1 else None
-        self.optimizer = create_optimizer(self.method, optim)
+        parallel = choose_parallel(self.method, engine, optim.accumulate, world.size)
+        add_up = None if parallel is None else parallel.add_up
+        self.optimizer = create_optimizer(self.method, optim, add_up=add_up)
         peak = optim.peak_lr(batch_size)
         self.schedule = Schedule.of(optim, peak=peak, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         ema = Ema(self.method, engine.ema) if engine.ema else None
@@ -128,6 +130,7 @@ class Trainer:
             "precision": self.precision,
             "device": self.device.type,
             "processes": world.size,
+            "parallel": "none" if parallel is None else parallel.name,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "meta": json.loads(json.dumps(dict(meta), default=str)),
@@ -164,7 +167,8 @@ class Trainer:
         """What does a step: eagerly, or as a graph."""
         if self.engine.compile:
             logger.info("torch.compile: %d blocks", compile_blocks(self.method))
-        reason = why_no_graph(self.engine.graph, self.device, self.optimizer)
+        gathers = isinstance(self.train_step.parallel, FullySharded)
+        reason = why_no_graph(self.engine.graph, self.device, self.optimizer, gathers=gathers)
         if reason:
             logger.info("Steps are not captured as graphs: %s.", reason)
             return self.train_step

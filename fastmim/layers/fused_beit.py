@@ -4,6 +4,7 @@ Legend: B batch, N tokens, C width, H heads, D head width, R rows of a bias tabl
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +173,10 @@ class FusedBeitBlock(nn.Module):
     ) -> Tensor:
         """[B, N, C] -> [B, N, C]; see `FusedBeitAttention.forward`."""
         return self.finish(x, self.attn(self.norm1(x), shared_rel_pos_bias, relative_position_index))
+
+    def run(self, function: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
+        """See `FusedBlock.run`."""
+        return function(self, *inputs, **settings)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of the block, each row by itself: rows x [B, N, C] and what attention says of them."""

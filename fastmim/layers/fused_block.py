@@ -4,6 +4,7 @@ Legend: B batch, N tokens, C width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,14 @@ class FusedBlock(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
         return self.finish(x, self.attn(self.norm1(x), attn_mask, is_causal))
+
+    def run(self, function: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
+        """`function(self, *inputs, **settings)`, for what computes with parts of a block instead of calling it.
+
+        Where the weights of a block are spread over processes they are gathered for a call of the block or of this, no
+        longer. Tensors to be differentiated have to be among the inputs.
+        """
+        return function(self, *inputs, **settings)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of the block, each row by itself: rows x [B, N, C] and what attention says of them."""

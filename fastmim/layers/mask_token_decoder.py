@@ -106,7 +106,9 @@ class MaskTokenDecoder(nn.Module):
         if last is None:
             return self.decoder_pred(self.decoder_norm(x[:, prefix:]))
         removed = inverse_permutation(ids_restore)[:, visible:]
-        predicted = self.decoder_pred(self.decoder_norm(_rows_of_block(last, x, prefix + removed)))  # [B, M, P]
+        assert isinstance(last, FusedBlock)
+        rows = last.run(_rows_of_block, x, prefix + removed)
+        predicted = self.decoder_pred(self.decoder_norm(rows))  # [B, M, P]
         # Back to their places: removed positions are the "visible" ones of the shuffle that begins with them.
         zero, places = predicted.new_zeros(predicted.shape[2]), (ids_restore - visible) % ids_restore.shape[1]
         return sequence_of(decoder_input(predicted, zero, places))
@@ -120,13 +122,19 @@ class MaskTokenDecoder(nn.Module):
         x = x + positions[torch.cat((of_prefix, prefix + ids_keep), dim=1)]
         token = self.mask_token[0] + positions[prefix:]  # [N, d], the same for all images
         sequence = sequence_of(decoder_input(x, token, ids_restore, num_prefix_tokens=prefix))
-        attended = mask_token_attention(block.norm1, block.attn, x, token, ids_restore, num_prefix_tokens=prefix)
-        return block.finish(sequence, attended)
+        return block.run(_attend_once, x, token, sequence, ids_restore, num_prefix_tokens=prefix)
 
 
-def _rows_of_block(block: nn.Module, x: Tensor, ids: Tensor) -> Tensor:
+def _attend_once(
+    block: FusedBlock, x: Tensor, token: Tensor, sequence: Tensor, ids_restore: Tensor, *, num_prefix_tokens: int
+) -> Tensor:
+    """A block's output for a sequence whose removed rows are `token` in every image."""
+    attended = mask_token_attention(block.norm1, block.attn, x, token, ids_restore, num_prefix_tokens=num_prefix_tokens)
+    return block.finish(sequence, attended)
+
+
+def _rows_of_block(block: FusedBlock, x: Tensor, ids: Tensor) -> Tensor:
     """Rows `ids` [B, M] of what a block gives for x [B, T, d]; all of x are keys and values."""
-    assert isinstance(block, FusedBlock)
     normed = block.norm1(x)
     return block.finish(take_rows(x, ids), block.attn.of_rows(take_rows(normed, ids), normed))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmim.layers import SparseModule
 from fastmim.methods.base import Batch, Method, Output, Pictures
@@ -204,6 +204,9 @@ class A2MIM(Method):
             replacement=freq.replacement or {"paper": "prediction", "code": "mixed"}[freq.form],
             spatial=self.loss,
         )
+
+    def runs_in_layers(self) -> tuple[nn.Module, ...]:
+        return (self.encoder,) if self._on_tiles else ()
 
     def lr_scales(self) -> dict[str, float]:
         scales = {"mask_token.token": self.cfg.token_lr_scale, "mask_token.gate": self.cfg.gate_lr_scale}

@@ -111,6 +111,10 @@ class Method(nn.Module):
         """Name -> value at each step (counted from 0), found in `Batch.schedules`: momentum, temperatures."""
         return {}
 
+    def runs_in_layers(self) -> tuple[nn.Module, ...]:
+        """Modules whose layers this method runs one by one instead of calling their blocks: FSDP gathers them whole."""
+        return ()
+
     def lr_scales(self) -> dict[str, float]:
         """Parameter name -> multiple of the learning rate; names that are absent have 1."""
         return {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmim.methods.base import Batch, Method, Output
 from fastmim.methods.cnn_tiles import encoder_on_tiles, tile_grid
@@ -89,6 +89,9 @@ class FCMAE(Method):
                 patch_pictures, target, prediction.detach(), masks.mask, cell, self.cfg.norm_pix_loss
             ),
         )
+
+    def runs_in_layers(self) -> tuple[nn.Module, ...]:
+        return (self.encoder,)
 
     def load_official(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load a checkpoint of the official code (the value of its "model" entry): see `official_weights`.

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -163,9 +163,9 @@ class MixedAE(Method):
 
         def run_block(index: int, block: nn.Module, x: Tensor) -> Tensor:
             assert isinstance(block, FusedBlock)
-            attended, share = homologous_attention(
-                block.attn,
-                block.norm1(x),
+            x, share = block.run(
+                _homologous_block,
+                x,
                 segments,
                 mode=cfg.attention if index in self.homo_layers else "global",
                 topk_ratio=self.topk_ratio,
@@ -174,7 +174,7 @@ class MixedAE(Method):
             )
             if share is not None:
                 shares.append(share)
-            return block.finish(x, attended)
+            return x
 
         latent = encoder.encode_patches(tokens, run_block)
         return latent, torch.stack(shares).mean() if shares else None
@@ -207,6 +207,12 @@ class MixedAE(Method):
         pictures = patch_pictures(images, prediction, mixing.mask, self.patch_size, self.cfg.norm_pix_loss)
         pictures.masked = mix_images(images, mixing.segments, self.patch_size).repeat_interleave(size, dim=0)
         return pictures
+
+
+def _homologous_block(block: FusedBlock, x: Tensor, segments: Tensor, **settings: Any) -> tuple[Tensor, Tensor | None]:
+    """A block with `homologous_attention` in place of its own."""
+    attended, share = homologous_attention(block.attn, block.norm1(x), segments, **settings)
+    return block.finish(x, attended), share
 
 
 def _sequences(images: Tensor, mixing: MixingMap, full: bool) -> tuple[MixingMap, Tensor]:

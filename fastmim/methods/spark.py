@@ -101,6 +101,9 @@ class SparK(Method):
             loss, pictures=functools.partial(patch_pictures, target, prediction.detach(), masks.mask, cell, True)
         )
 
+    def runs_in_layers(self) -> tuple[nn.Module, ...]:
+        return (self.encoder,)
+
     def no_weight_decay(self) -> set[str]:
         """As the official run: tokens too."""
         tokens = {name for name, _ in self.named_parameters() if name.endswith("mask_token")}

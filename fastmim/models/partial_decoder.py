@@ -46,16 +46,26 @@ class PartialDecoder(MaskTokenDecoder):
         sequence = torch.cat((x, token[decoded]), dim=1)
         if self.share_masked and blocks:
             first = blocks.pop(0)
-            of_visible, of_token = (first.attn.project(first.norm1(rows)) for rows in (x, token))
-            packed = torch.cat((of_visible, of_token[decoded]), dim=1)
-            sequence = first.finish(sequence, first.attn.finish(first.attn.attend(packed), sequence))
+            sequence = first.run(_attend_once, x, token, sequence, decoded)
         for block in blocks:
             sequence = block(sequence)
         rows = sequence[:, prefix + visible :]
         if last is not None:
-            normed = last.norm1(sequence)
-            rows = last.finish(rows, last.attn.of_rows(normed[:, prefix + visible :], normed))
+            rows = last.run(_last_rows, sequence, prefix + visible)
         return put_back(self.decoder_pred(self.decoder_norm(rows)), ids_restore, visible)
+
+
+def _attend_once(block: FusedBlock, x: Tensor, token: Tensor, sequence: Tensor, decoded: Tensor) -> Tensor:
+    """A block's output for x [B, P + K, d] followed by the rows `decoded` [B, M] of token [N, d]: `sequence`."""
+    of_visible, of_token = (block.attn.project(block.norm1(rows)) for rows in (x, token))
+    packed = torch.cat((of_visible, of_token[decoded]), dim=1)
+    return block.finish(sequence, block.attn.finish(block.attn.attend(packed), sequence))
+
+
+def _last_rows(block: FusedBlock, sequence: Tensor, first: int) -> Tensor:
+    """A block's output for the rows from `first` on; all are keys and values."""
+    normed = block.norm1(sequence)
+    return block.finish(sequence[:, first:], block.attn.of_rows(normed[:, first:], normed))
 
 
 def put_back(predicted: Tensor, ids_restore: Tensor, num_visible: int) -> Tensor:

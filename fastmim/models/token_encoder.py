@@ -138,21 +138,13 @@ class TokenEncoder(Encoder):
         x = assemble(visible, token, ids_restore, prefix, positions)
         first = self.blocks[0]
         assert isinstance(first, FusedBlock | FusedBeitBlock)
-        bias = first.attn.bias(*context) if isinstance(first, FusedBeitBlock) else None
         if positions is not None and token.dim() == 1:
             token = token + positions
         if positions is None or token.dim() == 2:
-            attended = mask_token_attention(
-                first.norm1,
-                first.attn,
-                visible,
-                token,
-                ids_restore,
-                num_prefix_tokens=prefix,
-                bias=bias,
-                collapse_keys=positions is None and bias is None if collapse_keys is None else collapse_keys,
-            )
-            x = first.finish(x, attended)
+            if collapse_keys is None and positions is not None:
+                collapse_keys = False
+            settings = {"num_prefix_tokens": prefix, "collapse_keys": collapse_keys}
+            x = first.run(_attend_once, x, visible, token, ids_restore, context, **settings)
         else:  # each removed position of each image has a vector of its own
             x = first(x, *context)
         for block in self.blocks[1:]:
@@ -247,3 +239,30 @@ class TokenEncoder(Encoder):
                 f"{self._label}: built for images of {self.img_size[0]} x {self.img_size[1]} pixels (img_size), "
                 f"but was given {images.shape[2]} x {images.shape[3]}"
             )
+
+
+def _attend_once(
+    block: FusedBlock | FusedBeitBlock,
+    x: Tensor,
+    visible: Tensor,
+    token: Tensor,
+    ids_restore: Tensor,
+    context: tuple[Tensor | None, ...],
+    *,
+    num_prefix_tokens: int,
+    collapse_keys: bool | None,
+) -> Tensor:
+    """A block's output for the sequence x, whose removed rows are `token`. collapse_keys None: where nothing tells the
+    keys apart."""
+    bias = block.attn.bias(*context) if isinstance(block, FusedBeitBlock) else None
+    attended = mask_token_attention(
+        block.norm1,
+        block.attn,
+        visible,
+        token,
+        ids_restore,
+        num_prefix_tokens=num_prefix_tokens,
+        bias=bias,
+        collapse_keys=bias is None if collapse_keys is None else collapse_keys,
+    )
+    return block.finish(x, attended)
