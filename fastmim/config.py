@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from fastmim.data import DataConfig
+from fastmim.data.layout import check_root
 from fastmim.engine.settings import EngineConfig, LogConfig, OptimConfig
 
 __all__ = [
@@ -168,11 +169,10 @@ def check(cfg: TrainConfig) -> None:
         check_patch(cfg.size, cfg.model.patch_size)
     try:
         cfg.data.check()
+        if cfg.data.root is not None:
+            check_root(cfg.data.root, cfg.data.source)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if cfg.data.root is not None and not cfg.data.root.is_dir():
-        what = "is a file, not a folder" if cfg.data.root.exists() else "does not exist"
-        raise ConfigError(f"data.root: {cfg.data.root} {what}; give a folder of images")
     if cfg.out is not None and ".." in cfg.out.parts:
         raise ConfigError(f"out: {cfg.out} has '..' in it; give a folder below this one, or an absolute path")
     if cfg.out is not None and cfg.out.exists() and not cfg.out.is_dir():

@@ -95,7 +95,7 @@ def build(cfg: TrainConfig) -> tuple["Source", "Method"]:
 
     source = create_source(cfg.data)
     if cfg.evaluate and source.labels is None:
-        raise ConfigError(f"evaluate: {source.name} has no labels to compare with; it needs one folder per class")
+        raise ConfigError(f"evaluate: {source.name} {source.unlabelled}")
     torch.manual_seed(cfg.seed)
     encoder = create_encoder(
         str(cfg.model.name),

@@ -12,17 +12,18 @@ from fastmim.data.errors import DataError
 class DataConfig:
     """Which images, how they are cropped, and how they are read."""
 
-    source: Literal["digits", "folder"] | None = None
-    """Where images come from: `folder` (any folder of images) or `digits` (scikit-learn's 1,797 handwritten digits).
-    Default: folder when `root` is given, digits otherwise."""
+    source: Literal["digits", "folder", "webdataset", "tfrecord"] | None = None
+    """Where images come from: `folder` (any folder of images), `webdataset` (tar shards), `tfrecord` (TFRecord files)
+    or `digits` (scikit-learn's 1,797 handwritten digits). Default: what `root` holds, digits without one."""
 
     root: Path | None = None
-    """Folder of images, searched recursively: flat, or one folder per class. With a `train` folder beside `val`,
-    `valid`, `validation` or `test`, training reads `train` and evaluation the other."""
+    """Folder of images, searched recursively: flat, or one folder per class. Or shards: a folder of .tar or TFRecord
+    files, one such file, or a pattern like shards-{000000..000012}.tar. With a `train` folder beside `val`, `valid`,
+    `validation` or `test`, training reads `train` and evaluation the other."""
 
     exclude: Path | None = None
-    """File that names images to leave out, one a line, relative to the folder that is read. Default:
-    .fastmim-exclude.txt in that folder, where there is one (`python -m fastmim.data.verify` writes it)."""
+    """File that names images to leave out, one a line, relative to the folder that is read (in shards: shard/key).
+    Default: .fastmim-exclude.txt in that folder, where there is one (`python -m fastmim.data.verify` writes it)."""
 
     pipeline: Literal["auto", "dali", "pillow"] = "auto"
     """What decodes, crops and resizes training images: Pillow in worker processes, or DALI (`pip install
@@ -95,8 +96,8 @@ class DataConfig:
             raise DataError(
                 f"data.dali_device is {self.dali_device}, but data.pipeline is pillow: drop one of the two."
             )
-        if self.source == "folder" and self.root is None:
-            raise DataError("data.source is folder, but data.root is not given: say --data.root DIR.")
+        if self.source not in (None, "digits") and self.root is None:
+            raise DataError(f"data.source is {self.source}, but data.root is not given: say --data.root DIR.")
         if self.source == "digits" and self.root is not None:
             raise DataError(
                 f"data.source is digits, which reads no folder, but data.root is {self.root}: drop one of the two."

@@ -12,10 +12,7 @@ first-level folders that hold images are the classes, in byte order.
 """
 
 import io
-import logging
 import os
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,21 +21,17 @@ from PIL import Image
 from fastmim.data.config import DataConfig
 from fastmim.data.decode import open_image
 from fastmim.data.errors import DataError, printable
+from fastmim.data.exclusion import excluded
+from fastmim.data.listing import EXTENSIONS, IMAGES, files_under
 from fastmim.data.sources import Source
 
-EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff")
-EXCLUDE = ".fastmim-exclude.txt"
-HELD_OUT = ("val", "valid", "validation", "test")
-
-_log = logging.getLogger("fastmim.data")
-_HINT_SECONDS = 10.0
 _BYTES_PER_PIXEL = 8  # four channels of 16 bits, uncompressed: no honest file is larger
 
 
 class FolderSource(Source):
     """The images under `cfg.root`; `classes` prescribes the labels instead of deriving them.
 
-    `excluding` False reads the names on the list of excluded ones too.
+    `excluding` False reads the names on the list of excluded ones too. `base` is the folder that names are relative to.
     """
 
     def __init__(self, cfg: DataConfig, classes: list[str] | None = None, excluding: bool = True) -> None:
@@ -46,15 +39,19 @@ class FolderSource(Source):
         root = _checked(cfg.root)
         self.name = f"folder {printable(str(root))}"
         self.max_pixels = cfg.max_pixels
+        self.base = root
         self._root = os.fsencode(root)
-        names = list(_images_under(self._root))
+        names = list(files_under(self._root, lambda name: bool(IMAGES.search(name))))
         if not names:
             raise DataError(
                 f"data.root: no images under {printable(str(root))} "
                 f"(looked for {', '.join(ext.decode() for ext in EXTENSIONS)} in it and all its folders)."
             )
-        if excluding:
-            names = _without(names, root, cfg.exclude)
+        exclusion = excluded(root, cfg.exclude) if excluding else None
+        if exclusion is not None and exclusion.names is not None:
+            left = [name for name in names if name not in exclusion.names]
+            exclusion.report(len(names), len(left))
+            names = left
         # One block of bytes instead of a string each: a million names cost little, and forked workers share them.
         self._names = b"".join(names)
         self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
@@ -96,15 +93,6 @@ class FolderSource(Source):
             return open_image(io.BytesIO(file.read()), self.max_pixels)
 
 
-def find_splits(root: Path) -> tuple[Path, Path] | None:
-    """The training and the held-out folder in `root`, where both exist under their usual names."""
-    root = Path(root).expanduser()
-    train = root / "train"
-    if not train.is_dir():
-        return None
-    return next(((train, root / name) for name in HELD_OUT if (root / name).is_dir()), None)
-
-
 def _checked(root: Path | None) -> Path:
     if root is None:
         raise DataError("data.root is not given: say --data.root DIR.")
@@ -114,64 +102,3 @@ def _checked(root: Path | None) -> Path:
     if not root.is_dir():
         raise DataError(f"data.root: {printable(str(root))} is a file, not a folder of images.")
     return root.absolute()
-
-
-def _without(names: list[bytes], root: Path, exclude: Path | None) -> list[bytes]:
-    """`names` less those on the list of excluded ones, which may be absent unless it was asked for."""
-    path = root / EXCLUDE if exclude is None else Path(exclude).expanduser()
-    if exclude is None and not path.is_file():
-        return names
-    try:
-        listed = set(path.read_bytes().split(b"\n")) - {b""}
-    except OSError as error:
-        raise DataError(f"data.exclude: {printable(str(path))} cannot be read: {error.strerror}.") from error
-    left = [name for name in names if name not in listed]
-    if not left:
-        raise DataError(f"data.root: {printable(str(path))} excludes all {len(names)} images.")
-    _log.info("%d of %d images are left out, as %s says", len(names) - len(left), len(names), printable(str(path)))
-    return left
-
-
-def _images_under(root: bytes) -> Iterator[bytes]:
-    """Paths of images relative to `root`, in byte order of (folder by folder, name by name)."""
-    entered: set[tuple[int, int]] = set()
-    count = 0
-    said = time.monotonic()
-    waiting = [b""]
-    while waiting:
-        folder = waiting.pop()
-        path = os.path.join(root, folder)
-        try:
-            status = os.stat(path)
-            if (status.st_dev, status.st_ino) in entered:
-                continue
-            entered.add((status.st_dev, status.st_ino))
-            with os.scandir(path) as entries:
-                found = sorted((entry for entry in entries if not entry.name.startswith(b".")), key=_name)
-        except OSError as error:
-            if not folder:
-                raise DataError(
-                    f"data.root: {printable(os.fsdecode(root))} cannot be listed: {error.strerror}."
-                ) from error
-            _log.warning("folder passed over: %s (%s)", printable(os.fsdecode(path)), error.strerror)
-            continue
-        folders = [entry.name for entry in found if _answers(entry.is_dir)]
-        for entry in found:
-            if entry.name.lower().endswith(EXTENSIONS) and _answers(entry.is_file):
-                count += 1
-                yield os.path.join(folder, entry.name)
-        if time.monotonic() - said > _HINT_SECONDS:
-            said = time.monotonic()
-            _log.info("listing %s: %s images so far", printable(os.fsdecode(root)), f"{count:,}")
-        waiting.extend(os.path.join(folder, name) for name in reversed(folders))
-
-
-def _answers(question: Callable[[], bool]) -> bool:
-    try:
-        return question()
-    except OSError:  # a link to itself
-        return False
-
-
-def _name(entry: os.DirEntry[bytes]) -> bytes:
-    return entry.name

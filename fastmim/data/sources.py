@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,11 @@ from PIL import Image
 from fastmim.data.config import DataConfig
 from fastmim.data.decode import decode
 from fastmim.data.errors import DataError
+from fastmim.data.layout import find_shards, kind_of
+from fastmim.data.listing import find_splits
+
+if TYPE_CHECKING:
+    from fastmim.data.shards import ShardSource
 
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -24,6 +30,7 @@ class Source:
         in_chans, mean, std: what a model is fed; mean and std have `in_chans` numbers, in [0, 1].
         scale, flip: settings of the random crop that suit these images, or those of `cfg`.
         eval_share: share of the shorter side that the centre crop of evaluation keeps.
+        unlabelled: why there are no labels, as the rest of a sentence that begins with `name`.
         in_memory: reading is so cheap that worker processes cost more than they save.
     """
 
@@ -37,6 +44,10 @@ class Source:
     natural_flip = True
     eval_share = 224 / 256
     in_memory = False
+    unlabelled = (
+        "has no class folders, so its images have no labels to compare with; k-NN and linear probe need "
+        "one folder per class, as DIR/cat/1.jpg and DIR/dog/2.jpg"
+    )
 
     def __init__(self, cfg: DataConfig) -> None:
         self.in_chans = cfg.in_chans or self.natural_chans
@@ -83,17 +94,21 @@ def create_source(cfg: DataConfig) -> Source:
     """The images that `cfg` asks for.
 
     Raises:
-        DataError: a missing, empty or image-less folder, or settings that cannot be; before anything is read.
+        DataError: a missing, empty or image-less folder, shards without images, or settings that cannot be; before
+            any image is read.
     """
     cfg.check()
-    if cfg.source == "folder" or (cfg.source is None and cfg.root is not None):
-        from fastmim.data.folder import FolderSource, find_splits
+    kind = kind_of(cfg)
+    if kind == "digits":
+        from fastmim.data.digits import DigitsSource
 
-        splits = find_splits(_folder(cfg))
+        return DigitsSource(cfg)
+    if kind == "folder":
+        from fastmim.data.folder import FolderSource
+
+        splits = find_splits(_root(cfg))
         return FolderSource(replace(cfg, root=splits[0]) if splits else cfg)
-    from fastmim.data.digits import DigitsSource
-
-    return DigitsSource(cfg)
+    return source_of_shards(kind)(cfg, find_shards(_root(cfg), kind)[0])
 
 
 def held_out_source(cfg: DataConfig) -> Source | None:
@@ -104,18 +119,36 @@ def held_out_source(cfg: DataConfig) -> Source | None:
         DataError: as `create_source`; or a class in the held-out part that the training part does not have.
     """
     cfg.check()
-    if cfg.source == "digits" or cfg.root is None:
+    kind = kind_of(cfg)
+    if kind == "digits":
         return None
-    from fastmim.data.folder import FolderSource, find_splits
+    if kind == "folder":
+        from fastmim.data.folder import FolderSource
 
-    splits = find_splits(_folder(cfg))
-    if splits is None:
+        splits = find_splits(_root(cfg))
+        if splits is None:
+            return None
+        train = FolderSource(replace(cfg, root=splits[0]))
+        return FolderSource(replace(cfg, root=splits[1]), classes=train.classes)
+    shards, held_out = find_shards(_root(cfg), kind)
+    if held_out is None:
         return None
-    train = FolderSource(replace(cfg, root=splits[0]))
-    return FolderSource(replace(cfg, root=splits[1]), classes=train.classes)
+    source = source_of_shards(kind)
+    return source(cfg, held_out, classes=source(cfg, shards).classes)
 
 
-def _folder(cfg: DataConfig) -> Path:
+def source_of_shards(kind: str) -> "type[ShardSource]":
+    """The class that reads shards of `kind`, webdataset or tfrecord."""
+    if kind == "webdataset":
+        from fastmim.data.webdataset import WebDatasetSource
+
+        return WebDatasetSource
+    from fastmim.data.tfrecord import TFRecordSource
+
+    return TFRecordSource
+
+
+def _root(cfg: DataConfig) -> Path:
     if cfg.root is None:
-        raise DataError("data.source is folder, but data.root is not given: say --data.root DIR.")
+        raise DataError(f"data.source is {cfg.source}, but data.root is not given: say --data.root DIR.")
     return cfg.root

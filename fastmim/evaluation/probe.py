@@ -97,10 +97,7 @@ def probe(
     source, held_out = create_source(data), held_out_source(data)
     for part in (source, held_out):
         if part is not None and part.labels is None:
-            raise ValueError(
-                f"data.root: {part.name} has no class folders, so its images have no labels to compare with; "
-                "k-NN and linear probe need one folder per class, as DIR/cat/1.jpg and DIR/dog/2.jpg"
-            )
+            raise ValueError(f"data.root: {part.name} {part.unlabelled}")
 
     def features(part: Source) -> tuple[Tensor, Tensor]:
         x, y = extract_features(

@@ -149,10 +149,10 @@ class TestFolder:
     def test_listing_a_very_large_folder_shows_how_far_it_is(self, class_folder, monkeypatch, caplog):
         create_source(DataConfig(root=class_folder))
         assert not caplog.records
-        monkeypatch.setattr("fastmim.data.folder._HINT_SECONDS", -1.0)
+        monkeypatch.setattr("fastmim.data.listing._HINT_SECONDS", -1.0)
         with caplog.at_level("INFO", "fastmim.data"):
             create_source(DataConfig(root=class_folder))
-        assert "36 images so far" in caplog.text
+        assert "36 files so far" in caplog.text
 
     def test_grey_on_request(self, jpeg_folder):
         source = create_source(DataConfig(root=jpeg_folder, in_chans=1))

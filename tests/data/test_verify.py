@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from fastmim.data import DataConfig, DataError, create_loader, create_source
-from fastmim.data.folder import EXCLUDE
+from fastmim.data.exclusion import EXCLUDE
 from fastmim.data.verify import main
 
 
