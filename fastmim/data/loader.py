@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmim.data.budget import Budget
-from fastmim.data.choice import Choice, Device, checked, choose_again, choose_pipeline
+from fastmim.data.choice import Choice, Device, checked, choose_again, choose_pipeline, jpeg_share
 from fastmim.data.config import DataConfig
 from fastmim.data.draws import permutation
 from fastmim.data.errors import DataError
@@ -62,6 +62,10 @@ class Loader(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def advice(self) -> str:
+        """What to change where training waits for this loader: a phrase."""
+        ...
 
     def close(self) -> None: ...
 
@@ -197,6 +201,21 @@ class TrainLoader:
         self.step = int(state["step"])
         self._budget.load_state(state)
 
+    def advice(self) -> str:
+        """What would make batches faster, with these settings on this machine."""
+        found = []
+        if self.workers < (most := cpus()):
+            found.append(f"with --data.workers {most}")
+        if self._training == "gpu" and self.choice.name != "dali gpu" and jpeg_share(self.source) > 0.5:
+            from fastmim.data.dali_trial import INSTALL, why_not
+
+            install = "" if not why_not() else f"{INSTALL} and "
+            found.append(f"by DALI on the GPU ({install}--data.pipeline dali)")
+        if self._training == "gpu" and self._cfg.output == "float32" and self.choice.name != "dali gpu":
+            found.append("as bytes that the GPU normalises (--data.output uint8)")
+        found.append("from smaller files, such as images stored with a shorter side of 256 pixels")
+        return f"they can be read faster {', or '.join(found)}"
+
     def close(self) -> None:
         """End the workers. The next `next` would start them again."""
         if self._batches is not None:
@@ -268,5 +287,10 @@ def workers_for(source: Source, cfg: DataConfig) -> int:
         return cfg.workers
     if source.in_memory:
         return 0
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return cpus()
+
+
+def cpus() -> int:
+    """How many this process may count on, where others like it train on the same machine."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

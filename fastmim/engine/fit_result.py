@@ -10,7 +10,7 @@ class Interval:
     """Counts of the steps since the last logged one."""
 
     images: int = 0
-    waited: float = 0.0  # seconds for the loader
+    waited: float = 0.0  # seconds for the loader, on average over the processes
     paused: float = 0.0  # seconds for checkpoints and pictures
     began: float = field(default_factory=time.perf_counter)
 

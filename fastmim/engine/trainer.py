@@ -38,6 +38,7 @@ from fastmim.engine.spikes import SpikeWatch
 from fastmim.engine.step import StepOutput, TrainStep
 from fastmim.engine.tensorboard import TensorBoard, create_board
 from fastmim.engine.training_state import TrainingState
+from fastmim.engine.waiting import DataWait, WaitHint
 from fastmim.engine.watchdog import Watchdog
 from fastmim.methods import Method, Pictures
 from fastmim.models.norms import synchronise_batch_norms
@@ -137,6 +138,7 @@ class Trainer:
         }
         self.result = FitResult(step=0, picture=max(run.pictures.glob("step-*.png"), default=None))
         self.batches: Loader | None = None
+        self.data_wait = DataWait(self.device)
         self.replaced = 0  # unreadable images that this process met, since the start of the run
         self.watchdog = Watchdog(engine.watchdog, run.path / "train.log", run.end)
         self.watch = FiniteWatch(self.train_step, run, engine, seed)
@@ -192,6 +194,7 @@ class Trainer:
                 batches.load_state(state_of(self._resumed["data"], self.world.rank, self.world.size))
                 set_rng_states(self._resumed["rng"], self.device)
             spikes = SpikeWatch(self.run.metrics if main else None)
+            hint = WaitHint(batches.advice)
             interval = Interval()
             stack.enter_context(self.watchdog)
             if self.world.heartbeat is not None:
@@ -211,6 +214,8 @@ class Trainer:
                     metrics.write(values)
                     board.scalars(values, step)
                     progress.update(step, values)
+                    if main:
+                        hint.update(values)
                 elif self.device.type == "cpu":
                     self.watch.check()  # costs nothing there
                 paused = time.perf_counter()
@@ -227,10 +232,10 @@ class Trainer:
     def _one_step(self, batches: Loader, interval: Interval) -> StepOutput:
         step = self.result.step
         self.watchdog.at(step + 1, "waiting for images")
-        asked = time.perf_counter()
+        self.data_wait.ask()
         inject("loader", step + 1)
         raw = next(batches)
-        interval.waited += time.perf_counter() - asked
+        self.data_wait.begin()
         interval.images += len(raw.images) * self.world.size
         self.replaced = raw.replaced
         self.watch.add(step, raw.indices)
@@ -249,6 +254,7 @@ class Trainer:
             views={name: self._normalised(view) for name, view in raw.views.items()},
             pictures=draw,
         )
+        self.data_wait.end()
         self.result.step += 1
         self.result.steps += 1
         return output
@@ -266,7 +272,7 @@ class Trainer:
         tensors = [output.loss, *output.parts.values(), output.grad_norm]
         means = self.world.mean(torch.stack([t.float() for t in tensors]))
         numbers = dict(zip(names, means.tolist(), strict=True))
-        waited, replaced = self.world.sums([interval.waited, self.replaced])
+        waited, replaced = self.world.sums([self.data_wait.read(), self.replaced])
         self.watch.check()
         result, seconds = self.result, interval.seconds
         result.last_loss = numbers["loss"]

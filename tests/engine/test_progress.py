@@ -43,6 +43,7 @@ def test_bar_shows_the_numbers(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "10/10" in out
     assert "1,234 images/s" in out
+    assert "data wait 3 %" in out
 
 
 def test_without_rich_lines_are_plain(monkeypatch, capsys):

@@ -104,6 +104,9 @@ class DrawnLoader:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.step = state["step"]
 
+    def advice(self) -> str:
+        return "draw them faster"
+
     def close(self) -> None:
         self.closed = True
 
