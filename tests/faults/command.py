@@ -5,9 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+ROOT = Path(__file__).parents[2]
 TOTAL, EVERY = 12, 4
 
 _SETTINGS = {
@@ -33,16 +37,29 @@ _SETTINGS = {
 
 
 def start(
-    out: Path, *, inject: str = "", processes: int = 1, restarts: int = 0, **settings: Any
+    out: Path,
+    *,
+    inject: str = "",
+    processes: int = 1,
+    restarts: int = 0,
+    under: Sequence[str] = (),
+    module: str = "fastmim.train",
+    **settings: Any,
 ) -> "subprocess.Popen[str]":
-    """The training command; settings with __ for dots. Several `processes` are torchrun's."""
+    """The training command; settings with __ for dots, None to leave one out.
+
+    Args:
+        processes: more than one are torchrun's.
+        under: words before the command: of a program that runs it in circumstances of its own.
+        module: what is run in place of `fastmim.train`, with its arguments.
+    """
     merged = _SETTINGS | {key.replace("__", "."): value for key, value in settings.items()} | {"out": out}
     arguments = [f"--{key}={value}" for key, value in merged.items() if value is not None]
-    environment = os.environ | {"FASTMIM_INJECT": inject, "OMP_NUM_THREADS": "1"}
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     return subprocess.Popen(
-        [sys.executable, "-m", *([*launcher, "-m"] if processes > 1 else []), "fastmim.train", *arguments],
-        env=environment,
+        [*under, sys.executable, "-m", *([*launcher, "-m"] if processes > 1 else []), module, *arguments],
+        env=_environment(inject),
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -50,8 +67,37 @@ def start(
     )
 
 
+def _environment(inject: str = "") -> dict[str, str]:
+    return os.environ | {"FASTMIM_INJECT": inject, "OMP_NUM_THREADS": "1"}
+
+
+def run(module: str, *words: object, inject: str = "") -> "subprocess.CompletedProcess[str]":
+    """Another command of the package, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, words)],
+        env=_environment(inject),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def in_a_namespace(*flags: str) -> list[str]:
+    """Words to run a command in Linux namespaces of its own: unshare(1). Skips the test where that is not allowed."""
+    words = ["unshare", "--map-root-user", *flags]
+    try:
+        done = subprocess.run([*words, "true"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("needs unshare(1)")
+    if done.returncode:
+        pytest.skip(f"unshare is not allowed here: {done.stderr.strip()}")
+    return words
+
+
 def train(out: Path, **settings: Any) -> "subprocess.CompletedProcess[str]":
-    """Run it to its end; arguments are those of `start`."""
+    """The training command, to its end; arguments are those of `start`."""
     process = start(out, **settings)
     try:
         output, errors = process.communicate(timeout=240)
