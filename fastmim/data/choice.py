@@ -4,18 +4,20 @@ Two pipelines differ by resampling, so what a run was begun with is kept in its 
 """
 
 import logging
+import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 from fastmim.data.config import DataConfig
 from fastmim.data.errors import DataError
+from fastmim.data.listing import IMAGES
 from fastmim.data.sources import Source
 
 _log = logging.getLogger("fastmim.data")
 
 _MOSTLY = 0.9  # share of JPEGs from which DALI is worth it: it reads no others
 _MANY = 10_000  # images from which DALI is worth installing
-_LOOKED_AT = 1000  # names that are looked at for the share
+_LOOKED_AT, _OPENED = 1000, 50  # names looked at for the share, or images
 
 Device = Literal["cpu", "gpu"]
 
@@ -113,10 +115,23 @@ def choose_again(saved: str, source: Source, cfg: DataConfig, chosen: Choice, tr
 
 
 def jpeg_share(source: Source) -> float:
-    """The share of images whose names are those of JPEGs, from some of them."""
-    step = -(-len(source) // _LOOKED_AT)
-    looked_at = range(0, len(source), step)
-    return sum(source.path(index).lower().endswith((".jpg", ".jpeg")) for index in looked_at) / len(looked_at)
+    """The share of JPEGs, from some of the images: by their names or, in shards, by their first bytes."""
+    names = [os.fsencode(source.path(index)) for index in _some(len(source), _LOOKED_AT)]
+    if IMAGES.search(names[0]):
+        return sum(name.lower().endswith((b".jpg", b".jpeg")) for name in names) / len(names)
+    opened = [_is_jpeg(source, index) for index in _some(len(source), _OPENED)]
+    return sum(opened) / len(opened)
+
+
+def _some(length: int, most: int) -> range:
+    return range(0, length, -(-length // most))
+
+
+def _is_jpeg(source: Source, index: int) -> bool:
+    try:
+        return source.open(index).format == "JPEG"
+    except Exception:  # readers of damaged files raise anything
+        return False
 
 
 def _why_no_dali(device: Device) -> str:

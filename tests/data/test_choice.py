@@ -1,12 +1,15 @@
 """What `data.pipeline` and `data.dali_device` come to, with machines that are pretended."""
 
+import io
 import logging
 
 import pytest
+from PIL import Image
 
 from fastmim.data import DataConfig, DataError, create_loader, create_source, dali_trial
 from fastmim.data import choice as choice_module
 from fastmim.data.choice import Choice, checked, choose_pipeline, jpeg_share
+from tests.data.write_shards import samples_of, write_tar, write_tfrecord
 
 
 @pytest.fixture
@@ -50,6 +53,17 @@ def test_auto_takes_pillow_where_few_are_jpegs(machine, with_files, jpeg_folder)
     cfg = DataConfig(root=folder)
     assert jpeg_share(create_source(cfg)) == 21 / 24
     assert "88% of the images are JPEGs" in choose(folder, "gpu").reason
+
+
+def test_images_in_shards_are_known_by_their_bytes(machine, tmp_path, class_folder):
+    machine(gpu="")
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(png, "PNG")
+    samples = samples_of(class_folder)
+    write_tar(tmp_path / "jpegs" / "0.tar", samples)
+    assert choose(tmp_path / "jpegs", "gpu").name == "dali gpu"
+    write_tfrecord(tmp_path / "mixed" / "0.tfrecord", [*samples[:6], *((f"z{n}", png.getvalue(), 1) for n in range(2))])
+    assert "75% of the images are JPEGs" in choose(tmp_path / "mixed", "gpu").reason
 
 
 def test_auto_takes_pillow_where_dali_does_not_work_and_says_why(machine, jpeg_folder):

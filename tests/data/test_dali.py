@@ -11,6 +11,7 @@ from fastmim.data import BadDataError, DataConfig, ViewSpec, WorkerError, create
 from fastmim.data import dali as dali_module
 from fastmim.data.dali_graph import Graph
 from fastmim.data.dali_trial import why_not
+from tests.data.write_shards import samples_of, write_tar, write_tfrecord
 
 pytestmark = [pytest.mark.dali, pytest.mark.skipif(bool(why_not()), reason=why_not() or "DALI is there")]
 VIEWS = (ViewSpec("images", (64, 64)), ViewSpec("small", (32, 32), crop="images"), ViewSpec("own", (32, 48)))
@@ -237,6 +238,17 @@ def test_when_dali_itself_fails_the_run_is_told(class_folder, monkeypatch):
     monkeypatch.setattr(Graph, "build", build)
     with loader_of(class_folder) as loader, pytest.raises(WorkerError, match=r"out of everything.*pipeline pillow"):
         next(loader)
+
+
+@pytest.mark.parametrize("write, name", [(write_tar, "0.tar"), (write_tfrecord, "0.tfrecord")])
+def test_shards_are_read_as_files_are(class_folder, tmp_path, write, name):
+    write(tmp_path / name, samples_of(class_folder))
+    pairs = zip(batches(tmp_path, workers=2), batches(tmp_path, "pillow"), strict=True)
+    for one, two in pairs:
+        assert torch.equal(one.indices, two.indices)
+        assert torch.equal(one.labels, two.labels)
+        assert not torch.equal(one.images, two.images)  # or Pillow made them all
+        assert all(close(a, b) for a, b in zip(tensors(one), tensors(two), strict=True))
 
 
 def test_the_budget_holds(with_files, damaged):
