@@ -21,6 +21,7 @@ _COLUMNS: list[tuple[str, str]] = [
     ("peak_mb", "peak MB"),
     ("baseline_peak_mb", "baseline MB"),
     ("images_per_second", "img/s"),
+    ("data_wait", "waiting"),
     ("gb_per_s", "GB/s"),
     ("roofline", "of ceiling"),
 ]
@@ -32,7 +33,7 @@ def _text(row: Row, key: str) -> str:
         return ""
     if key == "ratio":
         return f"{value:.2f}x"
-    if key == "roofline":
+    if key in ("roofline", "data_wait"):
         return f"{100 * value:.0f} %"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

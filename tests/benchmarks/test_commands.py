@@ -1,4 +1,4 @@
-"""The commands: python -m benchmarks.ops, .throughput and .table."""
+"""The commands: python -m benchmarks.ops, .throughput, .data and .table."""
 
 import importlib
 import json
@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 
-from benchmarks import ops, table, throughput
+from benchmarks import data, ops, table, throughput
 from benchmarks.ablation import pieces
 from benchmarks.runner import KEYS, read_rows
+from fastmim.data.dali_trial import why_not
 from fastmim.ops.backends import operations
 
 _needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no usable GPU")
+TINY = ["--quick", "--device", "cpu"]
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _needs_gpu])]
 
 
@@ -39,7 +41,33 @@ def test_impossible_machine_options_are_answered(capsys):
     assert ops.main(["--device", "tpu9"]) == 2
 
 
-TINY = ["--quick", "--device", "cpu"]
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_way_to_read_images_is_measured_alone_and_with_a_model(device, tmp_path, capsys):
+    path = tmp_path / "data.json"
+    arguments = ["--quick", "--device", device, "--workers", "0", "1", "--json", str(path)]
+    assert data.main(arguments) == 0, capsys.readouterr().err
+    rows = read_rows(path)
+    ways = ["pillow"] + [f"dali {place}" for place in ("cpu", "gpu") if not why_not(place)]
+    load = [row for row in rows if row["op"] == "data"]
+    assert {(row["backend"], row["workers"]) for row in load} == {("pillow", 0), *((way, 1) for way in ways)}
+    for way in ways:
+        cases = {(row["dtype"], "3 views" in row["case"]) for row in load if row["backend"] == way}
+        assert cases == {(dtype, three) for dtype in ("fp32", "uint8") for three in (False, True)}
+    assert all(row["images_per_second"] > 0 and row["ratio"] > 0 and "DataLoader" in row["baseline"] for row in load)
+    together = [row for row in rows if row["op"] == "mae"]
+    passes = ["step", *["load", "load + step"] * len(ways)]
+    assert [row["pass"] for row in together] == passes
+    assert all(0 <= row["data_wait"] <= 1 for row in together if row["pass"] == "load + step")
+    assert "waiting" in capsys.readouterr().out
+
+
+def test_parts_of_the_data_benchmark_can_be_chosen(tmp_path, capsys):
+    path = tmp_path / "data.json"
+    arguments = [*TINY, "--parts", "load", "--outputs", "uint8", "--views", "1", "--workers", "0", "--images", "5"]
+    assert data.main([*arguments, "--json", str(path)]) == 0, capsys.readouterr().err
+    assert {(row["dtype"], row["case"].split(", ")[1]) for row in read_rows(path)} == {("uint8", "1 view")}
+    assert data.main(["--workers", "-1", "--device", "cpu"]) == 2
+    assert "--workers -1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", DEVICES)
