@@ -41,6 +41,7 @@ def eval_batches(
         BadDataError, WorkerError: as the training loader.
     """
     cfg.check()
+    source.report()
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     chunks: list[list[Task]] = [
         [(0, index) for index in chosen[start : start + batch_size].tolist()]

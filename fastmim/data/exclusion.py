@@ -8,8 +8,6 @@ from fastmim.data.errors import DataError, printable
 
 EXCLUDE = ".fastmim-exclude.txt"
 
-_log = logging.getLogger("fastmim.data")
-
 
 @dataclass
 class Exclusion:
@@ -18,17 +16,17 @@ class Exclusion:
     path: Path
     names: set[bytes] | None
 
-    def report(self, before: int, left: int) -> None:
-        """Say how many of `before` images are left.
+    def notes(self, before: int, left: int) -> tuple[tuple[int, str], ...]:
+        """What is to be said where `left` of `before` images remain: (level of logging, words).
 
         Raises:
-            DataError: none is.
+            DataError: none remains.
         """
-        if self.names is None:
-            return
         if before and not left:
             raise DataError(f"data.root: {printable(str(self.path))} excludes all {before} images.")
-        _log.info("%d of %d images are left out, as %s says", before - left, before, printable(str(self.path)))
+        return (
+            (logging.INFO, f"{before - left} of {before} images are left out, as {printable(str(self.path))} says"),
+        )
 
 
 def excluded(root: Path, exclude: Path | None) -> Exclusion:

@@ -50,7 +50,7 @@ class FolderSource(Source):
         exclusion = excluded(root, cfg.exclude) if excluding else None
         if exclusion is not None and exclusion.names is not None:
             left = [name for name in names if name not in exclusion.names]
-            exclusion.report(len(names), len(left))
+            self.notes += exclusion.notes(len(names), len(left))
             names = left
         # One block of bytes instead of a string each: a million names cost little, and forked workers share them.
         self._names = b"".join(names)

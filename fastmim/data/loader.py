@@ -126,6 +126,8 @@ class TrainLoader:
                 f"batch_size must be a positive multiple of the {world_size} process{'es' if world_size > 1 else ''}; "
                 f"got {batch_size}."
             )
+        if rank == 0:
+            source.report()
         self.source = source
         self.mean, self.std = source.mean, source.std
         self.steps_per_epoch = max(1, len(source) // batch_size)

@@ -22,7 +22,6 @@ from fastmim.data.shard_file import ShardFile
 from fastmim.data.shard_index import NO_LABEL, ShardIndex, index_shards
 from fastmim.data.sources import Source
 
-_log = logging.getLogger("fastmim.data")
 _BYTES_PER_PIXEL = 8  # as for files: no honest image is larger
 _MOST_OPEN = 64
 
@@ -57,15 +56,15 @@ class ShardSource(Source):
             for shard, index in enumerate(self._indices)
             for words in index.warnings
         ]
-        for trouble in self.troubles:
-            _log.warning("shard %s: %s", *trouble)
+        self.notes += tuple((logging.WARNING, f"shard {name}: {words}") for name, words in self.troubles)
         count = sum(len(index) for index in self._indices)
         if excluding:
             self._exclude(cfg)
         self._ends = np.cumsum([len(index) for index in self._indices], dtype=np.int64)
         if not count:
             what = " All are damaged." if self.damaged == len(self._names) else ""
-            raise DataError(f"data.root: no images in the {len(self._names)} shards of {self.name}.{what}")
+            first = " For example {}: {}.".format(*self.troubles[0]) if self.troubles else ""
+            raise DataError(f"data.root: no images in the {len(self._names)} shards of {self.name}.{what}{first}")
         self._label(classes)
 
     @staticmethod
@@ -90,7 +89,7 @@ class ShardSource(Source):
         before = sum(len(index) for index in self._indices)
         for shard, names in keys.items():
             self._indices[shard] = self._indices[shard].without(names)
-        exclusion.report(before, sum(len(index) for index in self._indices))
+        self.notes += exclusion.notes(before, sum(len(index) for index in self._indices))
 
     def _label(self, classes: list[str] | None) -> None:
         numbers = np.concatenate([index.labels for index in self._indices])
@@ -102,7 +101,8 @@ class ShardSource(Source):
                 f"k-NN and linear probe need {self.wanted_label}"
             )
             if len(without) < len(numbers):
-                _log.warning("%s %s: labels are not used", self.name, self.unlabelled.partition(";")[0])
+                words = f"{self.name} {self.unlabelled.partition(';')[0]}: labels are not used"
+                self.notes += ((logging.WARNING, words),)
             return
         found, labels = np.unique(numbers, return_inverse=True)
         if len(found) < 2 and classes is None:

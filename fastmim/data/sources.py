@@ -1,5 +1,6 @@
 """Where images come from. A source knows its images one by one; it draws nothing and resizes nothing."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from fastmim.data.listing import find_splits
 if TYPE_CHECKING:
     from fastmim.data.shards import ShardSource
 
+_log = logging.getLogger("fastmim.data")
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -31,6 +33,7 @@ class Source:
         scale, flip: settings of the random crop that suit these images, or those of `cfg`.
         eval_share: share of the shorter side that the centre crop of evaluation keeps.
         unlabelled: why there are no labels, as the rest of a sentence that begins with `name`.
+        notes: what is to be said of these images before they are used: (level of logging, words). See `report`.
         in_memory: reading is so cheap that worker processes cost more than they save.
     """
 
@@ -44,6 +47,7 @@ class Source:
     natural_flip = True
     eval_share = 224 / 256
     in_memory = False
+    notes: tuple[tuple[int, str], ...] = ()
     unlabelled = (
         "has no class folders, so its images have no labels to compare with; k-NN and linear probe need "
         "one folder per class, as DIR/cat/1.jpg and DIR/dog/2.jpg"
@@ -84,6 +88,12 @@ class Source:
     def open(self, index: int) -> Image.Image:
         """The image, possibly not decoded yet (see fastmim.data.decode)."""
         raise NotImplementedError
+
+    def report(self) -> None:
+        """Log the notes, once: those who use the images call it, when logs are written."""
+        notes, self.notes = self.notes, ()
+        for level, words in notes:
+            _log.log(level, words)
 
     def load(self, index: int) -> Image.Image:
         """The image decoded and upright, "RGB" or "L" by `in_chans`."""

@@ -2,8 +2,8 @@
 
 A record is: length (8 bytes, little-endian), its checksum, data, its checksum. The image is the bytes feature
 `image/encoded` (or `image`), the label the int64 feature `image/class/label` (or `label`); a negative one is none.
-Records are named by their number in the file. Lengths are checked when a file is indexed, data each time it is read,
-so a flipped bit is found where no decoder would notice.
+Records are named by their number in the file and the image's format. Lengths are checked when a file is indexed, data
+each time it is read, so a flipped bit is found where no decoder would notice.
 
 Where `NAME.idx` beside a file is an index as DALI's `tfrecord2idx` writes it, a damaged length costs one record only.
 """
@@ -95,7 +95,7 @@ def index_tfrecord(file: ShardFile, idx: bytes | None = None) -> ShardIndex:
             if image is None:
                 useless.append(offset)
             else:
-                rows.add(b"%d" % number, offset, size, label)
+                rows.add(b"%d%b" % (number, _ending(file.at(image[0], min(12, image[1])))), offset, size, label)
     except ShardError as error:
         rows.fault(error)
     if useless:
@@ -105,6 +105,15 @@ def index_tfrecord(file: ShardFile, idx: bytes | None = None) -> ShardIndex:
             damaged=broken,
         )
     return rows.index()
+
+
+def _ending(head: bytes) -> bytes:
+    """What the name of a file that begins so would end in."""
+    if head.startswith(b"\xff\xd8\xff"):
+        return b".jpg"
+    if head.startswith(b"\x89PNG"):
+        return b".png"
+    return b".webp" if head.startswith(b"RIFF") and head.endswith(b"WEBP") else b""
 
 
 def _records(file: ShardFile) -> Iterator[tuple[int, int]]:

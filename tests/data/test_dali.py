@@ -9,6 +9,7 @@ from PIL import Image
 
 from fastmim.data import BadDataError, DataConfig, ViewSpec, WorkerError, create_loader, create_source, normalise
 from fastmim.data import dali as dali_module
+from fastmim.data.choice import jpeg_share
 from fastmim.data.dali_graph import Graph
 from fastmim.data.dali_trial import why_not
 from tests.data.write_shards import samples_of, write_tar, write_tfrecord
@@ -268,3 +269,17 @@ def test_closing_in_the_middle_ends_the_threads(class_folder):
     ]
     next(loader)  # and it starts again
     loader.close()
+
+
+@pytest.mark.parametrize("write", [write_tar, write_tfrecord])
+def test_images_in_shards_are_those_of_files(class_folder, tmp_path, write):
+    samples = samples_of(class_folder)
+    (tmp_path / "files").mkdir()
+    for number, (_, image, _) in enumerate(samples):
+        (tmp_path / "files" / f"{number:03d}.jpg").write_bytes(image)
+    for number in range(3):
+        name = f"{number}.{'tar' if write is write_tar else 'tfrecord'}"
+        write(tmp_path / "shards" / name, samples[12 * number : 12 * number + 12])
+    shards = create_source(DataConfig(root=tmp_path / "shards"))
+    assert jpeg_share(shards) == 1, "auto knows what DALI is for"
+    assert_same(batches(tmp_path / "shards", steps=6, workers=3), batches(tmp_path / "files", steps=6, workers=3))

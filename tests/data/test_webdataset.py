@@ -183,6 +183,7 @@ class TestWhatRootMeans:
         write_tar(tmp_path / "0.tar", samples[:3])
         write_tar(tmp_path / "1.tar", samples[3:6], label="")
         source = create_source(DataConfig(root=tmp_path))
+        source.report()
         assert source.labels is source.classes is None
         assert f"3 images of 6 without a label (the first is 1.tar/{samples[3][0]}.jpg)" in caplog.text
 
@@ -261,6 +262,9 @@ class TestDamage:
             caplog.clear()
             source = create_source(DataConfig(root=shards / "train-{000000..000002}.tar"))
             assert len(source) == 12 + 5
+            source.report()
+            source.report()
+            assert len(caplog.records) == 2
             assert f"train-000001.tar: damaged at byte {places[4][1]:,} (a header with a wrong checksum)" in caplog.text
             assert "train-000002.tar: missing: it is left out" in caplog.text
             assert source.damaged == 2
@@ -317,6 +321,7 @@ class TestHostile:
         path = hostile(tmp_path, image)
         before = set(tmp_path.rglob("*"))
         source = create_source(DataConfig(root=path))
+        source.report()
         names = [source.name_of(index).decode().removeprefix("x.tar/") for index in range(len(source))]
         good = ["good_1.jpg", "../../x.jpg", "/etc/passwd.jpg", "code.jpg", "new\\x0aline\\x1b[2J.jpg", "good_2.jpg"]
         assert names == good
