@@ -31,6 +31,8 @@ MAY_CHANGE = (
     "engine.timeout",
     "engine.watchdog",
     "engine.parallel",
+    "engine.checkpoint",
+    "engine.async_save",
 )
 NOT_COMPARED = ("out", "resume", "resume_allow", "dry_run", "recipe")  # names and places, not settings
 

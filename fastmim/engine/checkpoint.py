@@ -1,5 +1,7 @@
 """Checkpoints, complete or not there at all: step-00000200/{method,optimizer,ema}.safetensors and state.json.
 
+Several processes may write a part each (`fastmim.engine.sharded_checkpoint`): method-00000.safetensors and so on.
+
 A checkpoint is written into a temporary folder beside its place: tensors first, then state.json with the size and
 SHA-256 of each file and of itself; everything is synced, then the folder is renamed and its parent synced. So a kill at
 any moment leaves the older checkpoints and at most a temporary folder, which the next start sweeps away. Reading
@@ -12,8 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +30,42 @@ from fastmim.engine.tensor_file import write_tensors
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT, SHARDED = 1, 2  # one file each for method, optimizer and ema; several of each
 _TEMPORARY = ".tmp-"
 
 
-@dataclass
 class Checkpoint:
-    """A verified checkpoint, in CPU memory."""
+    """A verified checkpoint, in CPU memory.
 
-    path: Path
-    state: dict[str, Any]  # what state.json says
-    tensors: dict[str, dict[str, Tensor]]  # "method", "optimizer", "ema" -> name -> tensor
+    Args:
+        state: what state.json says.
+        tensors: "method", "optimizer", "ema" -> name -> tensor.
+    """
+
+    def __init__(self, path: Path, state: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.path, self.state, self._groups = path, state, dict(tensors)
 
     @property
     def step(self) -> int:
         return self.state["step"]
 
+    @property
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """All of them, whole."""
+        return {name: self.group(name) for name in self.outlines()}
+
     def outlines(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Tensors that tell names, whole shapes and dtypes."""
-        return self.tensors
+        return self._groups
+
+    def group(self, name: str) -> Mapping[str, Tensor]:
+        """All tensors of one kind, whole."""
+        return self._groups[name]
 
     def rows(self, wanted: Pieces) -> dict[str, dict[str, Tensor]]:
         """The rows that the pieces are of, in CPU memory. Names and shapes have been checked."""
         return {
-            group: {name: piece.cut(self.tensors[group][name]) for name, piece in pieces.items()}
+            group: {name: piece.cut(self._groups[group][name]) for name, piece in pieces.items()}
             for group, pieces in wanted.items()
         }
 
@@ -78,30 +91,57 @@ class CheckpointStore:
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of `step`, then remove the oldest. Raises OSError and leaves the others alone."""
-        try:
-            path = self._save(step, tensors, state)
-        except OSError as error:
-            if error.errno not in (errno.EIO, errno.ESTALE):
+
+        def write() -> Path:
+            temporary = self.begin(step, sum(t.nbytes for group in tensors.values() for t in group.values()))
+            try:
+                files = {}
+                for name, group in tensors.items():
+                    inject("checkpoint_write")
+                    files[f"{name}.safetensors"] = write_tensors(temporary / f"{name}.safetensors", group)
+                return self.commit(temporary, {**state, "format": FORMAT, "step": step}, files)
+            except BaseException:
+                self.abandon(temporary)
                 raise
-            logger.warning("The checkpoint of step %d is written again after: %s", step, error.strerror)
-            path = self._save(step, tensors, state)
-        self._prune()
+
+        path = again_after_a_hiccup(write, step)
+        self.prune()
         return path
 
-    def _save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-        final = self.path_of(step)
+    def begin(self, step: int, needed: int) -> Path:
+        """A temporary folder for the checkpoint of `step`, which takes `needed` bytes."""
+        needed += 1 << 20
+        if shutil.disk_usage(self.folder).free < needed:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed >> 20} MiB are needed")
+        temporary = self.folder / f"{_TEMPORARY}{self.path_of(step).name}-{os.getpid()}"
+        temporary.mkdir()
+        return temporary
+
+    def commit(self, temporary: Path, state: dict[str, Any], files: Mapping[str, Mapping[str, int | str]]) -> Path:
+        """Make a checkpoint of a temporary folder whose files are written and synced: state.json last, then the rename.
+
+        Args:
+            files: name -> {"bytes", "sha256"}.
+        """
+        inject("checkpoint_write")
+        state = {**state, "files": files}
+        state["sha256"] = _digest(state)
+        with (temporary / "state.json").open("w", encoding="utf-8") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(temporary)
+        final = self.path_of(state["step"])
         if final.exists():
             self.set_aside(final, "superseded")
-        temporary = self.folder / f"{_TEMPORARY}{final.name}-{os.getpid()}"
-        try:
-            self._write(temporary, tensors, {**state, "format": FORMAT, "step": step})
-            inject("rename")
-            os.rename(temporary, final)
-            _sync_folder(self.folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        inject("rename")
+        os.rename(temporary, final)
+        _sync_folder(self.folder)
         return final
+
+    def abandon(self, temporary: Path) -> None:
+        """Remove what could not be written to its end."""
+        shutil.rmtree(temporary, ignore_errors=True)
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole. Damaged ones are named in the log and set aside."""
@@ -124,25 +164,8 @@ class CheckpointStore:
         except OSError as error:
             logger.warning("%s cannot be renamed: %s", path, error.strerror)
 
-    def _write(self, folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-        needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + (1 << 20)
-        if shutil.disk_usage(self.folder).free < needed:
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed >> 20} MiB are needed")
-        folder.mkdir()
-        files = {}
-        for name, group in tensors.items():
-            inject("checkpoint_write")
-            files[f"{name}.safetensors"] = write_tensors(folder / f"{name}.safetensors", group)
-        inject("checkpoint_write")
-        state["files"] = files
-        state["sha256"] = _digest(state)
-        with (folder / "state.json").open("w", encoding="utf-8") as file:
-            json.dump(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(folder)
-
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Remove all but the `keep` newest."""
         whole = [path for path in self.steps() if (path / "state.json").is_file()]  # others do not count towards `keep`
         for path in (path for path in self.steps() if path < whole[-self.keep :][0]):
             doomed = path.with_name(f"{_TEMPORARY}old-{path.name}")  # so that a kill leaves no half of it
@@ -154,11 +177,36 @@ class CheckpointStore:
                 logger.warning("The old checkpoint %s cannot be removed: %s", path, error.strerror)
 
 
+def again_after_a_hiccup(write: Callable[[], Path], step: int) -> Path:
+    """`write()`, once more where the file system failed in a way that may pass."""
+    try:
+        return write()
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.ESTALE):
+            raise
+        logger.warning("The checkpoint of step %d is written again after: %s", step, error.strerror)
+        return write()
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises CheckpointError with what is wrong."""
     state = _read_state(path)
+    _verify_files(path, state["files"])
+    if state["format"] == SHARDED:
+        from fastmim.engine.sharded_checkpoint import ShardedCheckpoint  # which is built on this module
+
+        return ShardedCheckpoint(path, state)
     tensors = {}
-    for name, facts in state["files"].items():
+    for name in state["files"]:
+        try:
+            tensors[Path(name).stem] = load_file(path / name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"Checkpoint {path} is damaged: {name} is no safetensors file ({error}).") from None
+    return Checkpoint(path, state, tensors)
+
+
+def _verify_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, facts in files.items():
         file = path / name
         if Path(name).name != name:
             raise CheckpointError(f"Checkpoint {path}: {name!r} is no file name.")
@@ -170,11 +218,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         with file.open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != facts["sha256"]:
                 raise CheckpointError(f"Checkpoint {path} is damaged: the checksum of {name} does not match.")
-        try:
-            tensors[file.stem] = load_file(file)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"Checkpoint {path} is damaged: {name} is no safetensors file ({error}).") from None
-    return Checkpoint(path, state, tensors)
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -226,8 +269,10 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"Checkpoint {path} is damaged: state.json cannot be read.") from None
     if _digest(state) != expected:
         raise CheckpointError(f"Checkpoint {path} is damaged: the checksum of state.json does not match.")
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"Checkpoint {path} has format {state.get('format')}; this version reads {FORMAT}.")
+    if state.get("format") not in (FORMAT, SHARDED):
+        raise CheckpointError(
+            f"Checkpoint {path} has format {state.get('format')}; this version reads {FORMAT} and {SHARDED}."
+        )
     return state
 
 

@@ -96,6 +96,14 @@ class World:
         self.heartbeat.start()
         dist.barrier(group=self._host)
 
+    def new_host_group(self) -> Any:
+        """A group of all processes for what runs beside training; None where there is one. Called by all together."""
+        if self.size == 1:
+            return None
+        import torch.distributed as dist
+
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout))
+
     @property
     def is_main(self) -> bool:
         """Whether this process writes: folder, log, metrics, pictures, checkpoints."""

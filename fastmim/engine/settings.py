@@ -147,6 +147,14 @@ class EngineConfig:
     """Steps ("200") or epochs ("1ep") between checkpoints; 0 saves only at the end and on signals."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay."""
+    checkpoint: Literal["auto", "plain", "sharded"] = "auto"
+    """plain: one file each for weights, optimiser and average, written by the first process. sharded: each process
+    writes and reads its own part, in a folder that all machines share; any number of processes can go on from it. auto
+    takes sharded with `parallel: fsdp`. Either can be read whatever a run uses itself."""
+    async_save: Literal["auto", "on", "off"] = "auto"
+    """Write checkpoints beside training, which waits only for a copy to host memory: with AdamW 12 bytes per parameter
+    (16 with an average), of all parameters in the first process, or sharded of its share in each. The last one of a run
+    is waited for. auto does so where checkpoints are sharded."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, for example 0.9999; 0 turns it off."""
     deterministic: bool = False

@@ -28,8 +28,10 @@ _DTYPES = {
 }
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int | str]:
-    """Write and sync `path`; returns {"bytes": its size, "sha256": of its content}.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, int | str]:
+    """Write and sync `path`, with `metadata` in its header; returns {"bytes": its size, "sha256": of its content}.
 
     Raises:
         ValueError: a value that is no dense tensor of a dtype that the format knows.
@@ -41,7 +43,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int | 
             raise ValueError(f"{name}: a {what} cannot be saved; dense tensors of {', '.join(_DTYPES.values())} can")
     # Wide elements first, so that every tensor starts at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name in names:
         tensor = tensors[name]

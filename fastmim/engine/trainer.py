@@ -184,6 +184,7 @@ class Trainer:
             logger.info("The run is complete at step %d: nothing is left to train.", result.step)
             return result
         with ExitStack() as stack:
+            stack.callback(self.saver.close)
             signals = stack.enter_context(StopSignals(alone=self.world.size == 1))
             metrics = stack.enter_context(closing(MetricsFile(self.run.metrics if main else None)))
             tensorboard, shown = self.log.tensorboard and main, self.log.progress if main else "none"

@@ -8,13 +8,15 @@ from torch import Tensor
 from fastmim.engine.checkpoint import Checkpoint, check_fits, warn_if_not_finite
 from fastmim.engine.ema import Ema
 from fastmim.engine.optimizer import STATE, load_optimizer_state, named_parameters, optimizer_state
-from fastmim.engine.pieces import Piece, Pieces, piece_of, whole
+from fastmim.engine.pieces import Piece, Pieces, piece_of, share_of_rows, whole
 from fastmim.methods import Method
 
 
 class TrainingState:
     def __init__(self, method: Method, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
         self.method, self.optimizer, self.ema = method, optimizer, ema
+        self.spread = any(piece.spread for piece in self._of_method().values())
+        """Whether each process holds a part of the weights."""
 
     def pieces(self) -> Pieces:
         """What this process holds, by file of the checkpoint, then by name; the live tensors, not copies."""
@@ -27,18 +29,41 @@ class TrainingState:
             pieces["ema"] = {name: method[name].of(tensor) for name, tensor in self.ema.state_dict().items()}
         return pieces
 
-    def tensors(self, keep: bool = True) -> dict[str, dict[str, Tensor]]:
+    def gathered(self, keep: bool = True) -> Pieces:
         """The same, whole. Spread tensors are gathered by all processes together, into the CPU memory of those that
         `keep` them."""
 
-        def gathered(piece: Piece) -> Tensor:
+        def gather(piece: Piece) -> Piece:
             if not piece.spread:
-                return piece.tensor
+                return piece
             tensor = whole(piece)
-            return tensor.cpu() if keep else tensor.new_empty(0)
+            return Piece(tensor.cpu() if keep else tensor.new_empty(0), piece.shape)
 
         return {
-            group: {name: gathered(piece) for name, piece in pieces.items()} for group, pieces in self.pieces().items()
+            group: {name: gather(piece) for name, piece in pieces.items()} for group, pieces in self.pieces().items()
+        }
+
+    def shares(self, rank: int, size: int) -> Pieces:
+        """What process `rank` of `size` is to write so that all together write everything once: its rows of spread
+        tensors; as many rows of parameters, moments and averages that all processes hold alike; in the first one also
+        buffers, which may differ (statistics of a process's own images), and counts."""
+        alike = {name for name, _ in self.method.named_parameters()}
+
+        def share(name: str, piece: Piece) -> Piece | None:
+            if piece.spread:
+                return piece
+            if not piece.shape or name not in alike:
+                return piece if rank == 0 else None
+            first, rows = share_of_rows(piece.shape[0], rank, size)
+            return Piece(piece.tensor[first : first + rows], piece.shape, first, spread=True)
+
+        return {
+            group: {
+                key: mine
+                for key, piece in pieces.items()
+                if (mine := share(key.partition("/")[2] if group == "optimizer" else key, piece)) is not None
+            }
+            for group, pieces in self.pieces().items()
         }
 
     @torch.no_grad()

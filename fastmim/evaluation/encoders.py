@@ -131,8 +131,8 @@ def _read_checkpoint(folder: Path) -> tuple[RunMeta, Mapping[str, Tensor]]:
         checkpoint = find_checkpoint(folder)
     except CheckpointError as error:
         raise ValueError(str(error).removeprefix("resume: ")) from None
-    averaged = "ema" in checkpoint.tensors
-    tensors = checkpoint.tensors["ema" if averaged else "method"]
+    averaged = "ema" in checkpoint.outlines()
+    tensors = checkpoint.group("ema" if averaged else "method")
     facts = checkpoint.state.get("meta", {})
     try:
         meta = RunMeta(

@@ -102,7 +102,7 @@ def train(case, rank=0, size=1, spoil=-1):
             dist.all_reduce(loss)
         course.append([float(loss) / size, float(output.grad_norm)])
     assert output.pictures().reconstruction.shape == (share // optim.accumulate, 1, case.size, case.size)
-    return torch.tensor(course), {k: {n: t.clone() for n, t in v.items()} for k, v in state.tensors().items()}
+    return torch.tensor(course), {k: {n: p.tensor.clone() for n, p in v.items()} for k, v in state.gathered().items()}
 
 
 def process(rank, folder):
