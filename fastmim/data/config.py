@@ -12,13 +12,15 @@ from fastmim.data.errors import DataError
 class DataConfig:
     """Which images, how they are cropped, and how they are read."""
 
-    source: Literal["digits", "folder", "webdataset", "tfrecord"] | None = None
-    """Where images come from: `folder` (any folder of images), `webdataset` (tar shards), `tfrecord` (TFRecord files)
-    or `digits` (scikit-learn's 1,797 handwritten digits). Default: what `root` holds, digits without one."""
+    source: Literal["digits", "folder", "list", "webdataset", "tfrecord"] | None = None
+    """Where images come from: `folder` (any folder of images), `list` (a text file that names them), `webdataset` (tar
+    shards), `tfrecord` (TFRecord files) or `digits` (scikit-learn's 1,797 handwritten digits). Default: what `root`
+    holds, digits without one."""
 
     root: Path | None = None
-    """Folder of images, searched recursively: flat, or one folder per class. Or shards: a folder of .tar or TFRecord
-    files, one such file, or a pattern like shards-{000000..000012}.tar. With a `train` folder beside `val`, `valid`,
+    """Folder of images, searched recursively: flat, or one folder per class. Or a .txt or .lst file with a path on
+    each line, and after it a label if you like. Or shards: a folder of .tar or TFRecord files, one such file, or a
+    pattern like shards-{000000..000012}.tar. With a `train` folder beside `val`, `valid`,
     `validation` or `test`, training reads `train` and evaluation the other."""
 
     exclude: Path | None = None

@@ -1,4 +1,4 @@
-"""What `data.root` is: a folder of images, tar shards or TFRecord files; and which of them are for training.
+"""What `data.root` is: a folder of images, a list of them, tar shards or TFRecord files; and which are for training.
 
 Shards may be given as a folder, as a single file, or as a pattern: `train-{000000..000012}.tar`, `{train,extra}.tar`.
 The held-out part is that of folders (`train` beside `val`), or of names: `train-00000-of-01024` beside
@@ -18,6 +18,7 @@ TAR = re.compile(rb"\.tar\Z", re.IGNORECASE)
 TFRECORD = re.compile(rb"(\.tfrecords?|(\.tfrecords?)?-\d{5}-of-\d{5})\Z", re.IGNORECASE)
 PACKED = re.compile(rb"(\.tgz|\.tar\.(gz|bz2|xz|zst)|\.tfrecords?\.gz|-\d{5}-of-\d{5}\.gz)\Z", re.IGNORECASE)
 _SHARDS = {"webdataset": TAR, "tfrecord": TFRECORD}
+_FILES = {**_SHARDS, "list": re.compile(rb"\.(txt|lst)\Z", re.IGNORECASE)}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MOST_SHARDS = 1_000_000
@@ -38,7 +39,7 @@ class ShardFiles:
 
 
 def kind_of(cfg: DataConfig) -> str:
-    """digits, folder, webdataset or tfrecord: what `cfg` asks for, else what its root looks like.
+    """digits, folder, list, webdataset or tfrecord: what `cfg` asks for, else what its root looks like.
 
     Raises:
         DataError: a root that cannot be, or tar and TFRecord files side by side.
@@ -51,7 +52,7 @@ def kind_of(cfg: DataConfig) -> str:
     root = cfg.root.expanduser()
     if not root.is_dir():
         names = [os.fsencode(path.name) for path in _expanded(root)]
-        return next((kind for kind, wanted in _SHARDS.items() if all(wanted.search(name) for name in names)), "folder")
+        return next((kind for kind, wanted in _FILES.items() if all(wanted.search(name) for name in names)), "folder")
     splits = find_splits(root)
     top = os.fsencode(splits[0] if splits else root)
     found: set[str] = set()
@@ -83,10 +84,15 @@ def check_root(root: Path, source: str | None = None) -> None:
     if not root.exists() and not _BRACES.search(str(root)):
         raise DataError(f"data.root: {printable(str(root))} does not exist.")
     name = os.fsencode(root.name)
-    if root.is_file() and not (source in _SHARDS or (source is None and (TAR.search(name) or TFRECORD.search(name)))):
+    if (
+        root.is_file()
+        and source not in _FILES
+        and not (source is None and any(f.search(name) for f in _FILES.values()))
+    ):
         packed = ": it is compressed, which has no random access; decompress it" if PACKED.search(name) else ""
         raise DataError(
-            f"data.root: {printable(str(root))} is a file, not a folder of images, nor a .tar or .tfrecord shard"
+            f"data.root: {printable(str(root))} is a file, not a folder of images, nor a .txt list of them, nor a .tar "
+            f"or .tfrecord shard"
             f"{packed}."
         )
 

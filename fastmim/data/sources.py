@@ -118,6 +118,10 @@ def create_source(cfg: DataConfig) -> Source:
 
         splits = find_splits(_root(cfg))
         return FolderSource(replace(cfg, root=splits[0]) if splits else cfg)
+    if kind == "list":
+        from fastmim.data.file_list import FileListSource
+
+        return FileListSource(cfg)
     return source_of_shards(kind)(cfg, find_shards(_root(cfg), kind)[0])
 
 
@@ -130,7 +134,7 @@ def held_out_source(cfg: DataConfig) -> Source | None:
     """
     cfg.check()
     kind = kind_of(cfg)
-    if kind == "digits":
+    if kind in ("digits", "list"):
         return None
     if kind == "folder":
         from fastmim.data.folder import FolderSource

@@ -1,9 +1,10 @@
 """Find unreadable images before a run does: `python -m fastmim.data.verify DIR` decodes every one, in parallel.
 
-DIR is what training gets as `data.root`: a folder of images, or shards; with a `train` folder beside `val`, both are
-looked at. Prints what is wrong and how often, and writes the names of the bad images, one a line and relative to the
-folder that is read, to `.fastmim-exclude.txt` in it; training leaves those out. `--out FILE` writes elsewhere (`-`: to
-the terminal only). Exit code 0: all are readable; 3: some are not, or shards are damaged; 2: DIR cannot be used.
+DIR is what training gets as `data.root`: a folder of images, a list of them, or shards; with a `train` folder beside
+`val`, both are looked at. Prints what is wrong and how often, and writes the names of the bad images, one a line and
+relative to the folder that is read, to `.fastmim-exclude.txt` in it; training leaves those out. `--out FILE` writes
+elsewhere (`-`: to the terminal only). Exit code 0: all are readable; 3: some are not, or shards are damaged; 2: DIR
+cannot be used.
 """
 
 import argparse
@@ -19,24 +20,26 @@ from pathlib import Path
 from fastmim.data.config import DataConfig
 from fastmim.data.errors import DataError, printable
 from fastmim.data.exclusion import EXCLUDE
+from fastmim.data.file_list import FileListSource
 from fastmim.data.folder import FolderSource
+from fastmim.data.image_files import ImageFiles
 from fastmim.data.layout import find_shards, kind_of
 from fastmim.data.listing import find_splits
 from fastmim.data.shards import ShardSource
 from fastmim.data.sources import source_of_shards
 
 _CHUNK = 64  # images that a process is given at a time
-_source: FolderSource | ShardSource | None = None  # of a worker process
+_source: ImageFiles | ShardSource | None = None  # of a worker process
 
 
-def unreadable(source: FolderSource | ShardSource, workers: int | None = None) -> Iterator[list[tuple[int, str]]]:
+def unreadable(source: ImageFiles | ShardSource, workers: int | None = None) -> Iterator[list[tuple[int, str]]]:
     """For each chunk of images in order, those that cannot be decoded: (index, reason). `workers` None: one a CPU."""
     chunks = [range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
     with ProcessPoolExecutor(workers, get_context("spawn"), _receive, (source,)) as pool:
         yield from pool.map(_decode_all, chunks)
 
 
-def _receive(source: FolderSource | ShardSource) -> None:
+def _receive(source: ImageFiles | ShardSource) -> None:
     global _source
     _source = source
 
@@ -54,7 +57,9 @@ def _decode_all(indices: Sequence[int]) -> list[tuple[int, str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastmim.data.verify", description=__doc__.partition("\n")[0])
-    parser.add_argument("root", metavar="DIR", type=Path, help="folder of images, or shards, as data.root")
+    parser.add_argument(
+        "root", metavar="DIR", type=Path, help="folder of images, list of them, or shards, as data.root"
+    )
     parser.add_argument("--out", default=None, help=f"where the names go (default: DIR/{EXCLUDE}; -: nowhere)")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one per CPU)")
     parser.add_argument("--max_pixels", type=int, default=DataConfig.max_pixels, help="larger images count as bad")
@@ -87,18 +92,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 3 if reasons or damaged else 0
 
 
-def _sources(cfg: DataConfig) -> Sequence[FolderSource | ShardSource]:
+def _sources(cfg: DataConfig) -> Sequence[ImageFiles | ShardSource]:
     """Everything that training or evaluation would read, excluded or not."""
     kind = kind_of(cfg)
     assert cfg.root is not None
     if kind == "folder":
         roots = find_splits(cfg.root) or (cfg.root,)
         return [FolderSource(replace(cfg, root=root), excluding=False) for root in roots]
+    if kind == "list":
+        return [FileListSource(cfg, excluding=False)]
     parts = find_shards(cfg.root, kind)
     return [source_of_shards(kind)(cfg, part, excluding=False) for part in parts if part is not None]
 
 
-def _report_shards(sources: Sequence[FolderSource | ShardSource]) -> int:
+def _report_shards(sources: Sequence[ImageFiles | ShardSource]) -> int:
     """Print what is wrong with shards; how many have lost samples."""
     shards = [source for source in sources if isinstance(source, ShardSource)]
     for source in shards:
@@ -110,7 +117,7 @@ def _report_shards(sources: Sequence[FolderSource | ShardSource]) -> int:
     return damaged
 
 
-def _watched(source: FolderSource | ShardSource, workers: int | None) -> list[tuple[int, str]]:
+def _watched(source: ImageFiles | ShardSource, workers: int | None) -> list[tuple[int, str]]:
     from rich.console import Console
     from rich.progress import track
 
