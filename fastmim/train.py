@@ -202,6 +202,7 @@ def conclude(
     say = logger.info
     if result.steps:
         say("%d steps in %.0f s, %.0f images/s", result.steps, result.seconds, result.images_per_second)
+        say("first -> last logged step: %s", result.course())
     if after:
         say("accuracy of the frozen encoder, untrained -> pre-trained")
         for kind, score in after.items():

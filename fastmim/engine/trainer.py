@@ -276,7 +276,8 @@ class Trainer:
         waited, replaced = self.world.sums([self.data_wait.read(), self.replaced])
         self.watch.check()
         result, seconds = self.result, interval.seconds
-        result.last_loss = numbers["loss"]
+        result.last_values = {name: numbers[name] for name in names[:-1]}
+        result.first_values = result.first_values or result.last_values
         interval.waited = waited / self.world.size
         result.add(interval, seconds)
         return {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmim.engine import CheckpointError, DiskFullError, NonFiniteError, RunFolder
+from fastmim.engine import CheckpointError, DiskFullError, FitResult, NonFiniteError, RunFolder
 from fastmim.engine import checkpoint as checkpoint_module
 from fastmim.engine import step as step_module
 from fastmim.engine.checkpoint import read_checkpoint
@@ -34,6 +34,8 @@ def test_a_run_leaves_all_that_the_folder_promises(tmp_path):
     assert set(lines[0]) == {"step", "epoch", "loss", "twice", "lr", "grad_norm", "replaced_images"}
     assert lines[-1]["loss"] == result.last_loss
     assert lines[-1]["twice"] == pytest.approx(2 * result.last_loss)
+    assert result.first_values == {name: lines[0][name] for name in ("loss", "twice")}
+    assert result.last_values == {name: lines[-1][name] for name in ("loss", "twice")}
     assert (lines[0]["lr"], lines[3]["lr"]) == (0.0, pytest.approx(0.01))
     assert lines[-1]["replaced_images"] == 1
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["step-00000006.png", "step-00000012.png"]
@@ -91,6 +93,12 @@ def test_the_same_seed_gives_the_same_losses_and_another_does_not(tmp_path):
         tiny_run(tmp_path / name, total=4, seed=seed)
     assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b")
     assert read_metrics(tmp_path / "a") != read_metrics(tmp_path / "c")
+
+
+def test_the_course_of_a_run_is_told_in_a_line():
+    first, last = {"loss": 1.23456, "chance": 0.25}, {"loss": 0.5, "chance": 0.25}
+    result = FitResult(step=9, first_values=first, last_values=last)
+    assert result.course() == "loss 1.23 -> 0.5, chance 0.25"
 
 
 def test_a_complete_run_has_nothing_left_to_do(tmp_path):
