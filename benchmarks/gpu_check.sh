@@ -114,6 +114,14 @@ stage pieces 50 "$PYTHON" -m benchmarks.throughput --device cuda --methods mae -
     --model vit_small_patch16_224 vit_base_patch16_224 --steps 10 --ablate --json "$results/pieces.json"
 stage compiled 60 "$PYTHON" -m benchmarks.throughput --device cuda --methods mae --model vit_base_patch16_224 \
     --precision bf16 --steps 10 --baseline-compile --json "$results/compiled.json"
+if ! "$PYTHON" -c 'import nvidia.dali' >/dev/null 2>&1; then
+    echo "data         skipped: DALI is not installed (its GPU tests were skipped, too)"
+elif ((LIMIT - SECONDS < 30)); then
+    echo "data         skipped: no time is left"
+else
+    stage data 70 "$PYTHON" -m benchmarks.data --device cuda --workers "$(nproc)" --outputs uint8 --rounds 2 \
+        --seconds-per-sample 0.5 --json "$results/data.json"
+fi
 
 "$PYTHON" - "$scratch/stages.tsv" "$results/check.json" "$SECONDS" "$gpu" "$torch_version" <<'PYTHON' || failed=1
 import json, os, sys

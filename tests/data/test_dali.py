@@ -1,5 +1,6 @@
 """DALI's batches against Pillow's: the same images, crops and replacements, whatever runs ahead or breaks."""
 
+import contextlib
 import io
 import time
 
@@ -241,17 +242,6 @@ def test_when_dali_itself_fails_the_run_is_told(class_folder, monkeypatch):
         next(loader)
 
 
-@pytest.mark.parametrize("write, name", [(write_tar, "0.tar"), (write_tfrecord, "0.tfrecord")])
-def test_shards_are_read_as_files_are(class_folder, tmp_path, write, name):
-    write(tmp_path / name, samples_of(class_folder))
-    pairs = zip(batches(tmp_path, workers=2), batches(tmp_path, "pillow"), strict=True)
-    for one, two in pairs:
-        assert torch.equal(one.indices, two.indices)
-        assert torch.equal(one.labels, two.labels)
-        assert not torch.equal(one.images, two.images)  # or Pillow made them all
-        assert all(close(a, b) for a, b in zip(tensors(one), tensors(two), strict=True))
-
-
 def test_the_budget_holds(with_files, damaged):
     folder = with_files(damaged, good=8)
     with loader_of(folder, batch_size=30, bad_budget=2) as loader, pytest.raises(BadDataError):
@@ -283,3 +273,41 @@ def test_images_in_shards_are_those_of_files(class_folder, tmp_path, write):
     shards = create_source(DataConfig(root=tmp_path / "shards"))
     assert jpeg_share(shards) == 1, "auto knows what DALI is for"
     assert_same(batches(tmp_path / "shards", steps=6, workers=3), batches(tmp_path / "files", steps=6, workers=3))
+
+
+def test_on_a_gpu_the_copy_is_awaited_before_the_batch_is_given(monkeypatch):
+    """The order of calls there, with a device that is pretended."""
+    from nvidia.dali.plugin import pytorch as plugin
+
+    said = []
+
+    class Stream:
+        def synchronize(self):
+            said.append("synchronised")
+
+    class Output:
+        def as_tensor(self):
+            return "pixels"
+
+    class Pipe:
+        def outputs(self, cuda_stream):
+            said.append(cuda_stream)
+            return [Output()]
+
+    def feed_ndarray(pixels, view, cuda_stream):
+        said.append((pixels, tuple(view.shape), cuda_stream))
+
+    stream = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(plugin, "feed_ndarray", feed_ndarray)
+    asked = []
+    monkeypatch.setattr(Graph, "build", lambda self, *arguments: asked.append(arguments) or Pipe())
+    monkeypatch.setattr(Graph, "feed", lambda self, pipe, fed: None)
+    graph = Graph((ViewSpec("images", (16, 24)),), 3, "bicubic", device="gpu")
+    pipe = dali_module.DaliPipe(graph, 8, 2, torch.device("cpu"))
+    pipe.start([])
+    pipe.finish(5)
+    assert asked == [(8, 2, 3)]
+    assert said == [stream, ("pixels", (5, 3, 16, 24), stream), "synchronised"]
