@@ -44,7 +44,7 @@ def train(cfg: TrainConfig, world: World) -> None:
     from fastmim.evaluation import load_encoder
 
     try:
-        world.share(cfg.batch_size, cfg.optim.accumulate)
+        world.share(cfg.batch_size, cfg.optim.accumulate, getattr(cfg.method, "group_size", 1))
         source, method = build(cfg)
         choice = Choice(**world.from_main(lambda: choose(cfg, world, source).to_dict()))
         untrained = copy.deepcopy(method.encoder) if cfg.evaluate else None

@@ -109,22 +109,23 @@ class World:
         """Whether this process writes: folder, log, metrics, pictures, checkpoints."""
         return self.rank == 0
 
-    def share(self, batch_size: int, accumulate: int) -> int:
-        """Images of each process in each micro-batch.
+    def share(self, batch_size: int, accumulate: int, group: int = 1) -> int:
+        """Images of each process in each micro-batch, which are a multiple of `group`.
 
         Raises:
-            ValueError: a batch that cannot be shared equally.
+            ValueError: a batch that cannot be shared so.
         """
-        if batch_size % (self.size * accumulate) == 0:
-            return batch_size // (self.size * accumulate)
-        if self.size == 1:
+        parts = self.size * accumulate
+        if batch_size % (parts * group) == 0:
+            return batch_size // parts
+        if self.size == 1 and group == 1:
             raise ValueError(f"batch_size {batch_size} is not divisible by optim.accumulate {accumulate}")
-        below = batch_size // (self.size * accumulate) * self.size * accumulate
-        near = " or ".join(str(n) for n in (below, below + self.size * accumulate) if n)
+        below = batch_size // (parts * group) * parts * group
+        near = " or ".join(str(n) for n in (below, below + parts * group) if n)
         raise ValueError(
             f"batch_size {batch_size} cannot be shared equally: it is that of all {self.size} processes together, and "
-            f"{batch_size} is not divisible by {self.size} processes x {accumulate} micro-batches (optim.accumulate); "
-            f"{near} would be"
+            f"{batch_size} is not divisible by {self.size} processes x {accumulate} micro-batches (optim.accumulate)"
+            f"{f' x groups of {group} (method.group_size)' if group > 1 else ''}; {near} would be"
         )
 
     def largest(self, number: int) -> int:

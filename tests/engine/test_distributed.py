@@ -98,6 +98,14 @@ def test_a_batch_that_cannot_be_shared_is_answered_in_a_sentence(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_each_process_gets_whole_groups_of_images():
+    world = World()
+    world.size = 2
+    assert world.share(16, 2, group=4) == 4
+    with pytest.raises(ValueError, match=r"12 is not divisible by 2 .* x groups of 4 \(method.group_size\); 8 or 16"):
+        world.share(12, 1, group=4)
+
+
 def test_a_world_of_one_answers_by_itself(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with World.from_environment() as world:
