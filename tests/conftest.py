@@ -20,12 +20,15 @@ if not torch.cuda.is_available():
     # Here, and not beside the operations' tests, because it must come before anything at all imports triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# A machine that only runs benchmarks/gpu_check.sh may lack the package behind the command line; CI has it.
-NEED_JSONARGPARSE = [
+# A machine that only runs benchmarks/gpu_check.sh may lack the packages behind the commands; CI has them.
+_LACKING = [name for name in ("jsonargparse", "rich") if importlib.util.find_spec(name) is None]
+_FAULTS = sorted(path.name for path in (Path(__file__).parent / "faults").glob("test_*.py"))
+NEED_THE_COMMANDS = [
+    "data/test_dali_training.py",
+    "data/test_file_list.py",
+    "data/test_verify.py",
     "evaluation/test_load_encoder.py",
-    "faults/test_numerics.py",
-    "faults/test_process.py",
-    "faults/test_storage.py",
+    *(f"faults/{name}" for name in _FAULTS if name != "test_ast.py"),
     "methods/test_recipes.py",
     "models/test_export_into_timm.py",
     "test_config.py",
@@ -33,11 +36,21 @@ NEED_JSONARGPARSE = [
     "test_export.py",
     "test_train_command.py",
 ]
-collect_ignore = [] if importlib.util.find_spec("jsonargparse") else NEED_JSONARGPARSE
+
+
+class _LeftOut(pytest.Module):
+    def collect(self) -> list[pytest.Item]:
+        return []
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Not collect_ignore, which files that are named on the command line pass by."""
+    left_out = _LACKING and module_path.relative_to(Path(__file__).parent).as_posix() in NEED_THE_COMMANDS
+    return _LeftOut.from_parent(parent, path=module_path) if left_out else None
 
 
 def pytest_report_header() -> str | None:
-    return f"jsonargparse is not installed; left out: {', '.join(collect_ignore)}" if collect_ignore else None
+    return f"without {' and '.join(_LACKING)}; left out: {', '.join(NEED_THE_COMMANDS)}" if _LACKING else None
 
 
 if TYPE_CHECKING:

@@ -76,6 +76,9 @@ class DataConfig:
     """Unreadable files (each replaced by another image) that a run tolerates before it stops with exit code 3.
     Default: 20 or 1 % of the images, whichever is more."""
 
+    def __post_init__(self) -> None:
+        self.root, self.exclude = (None if path is None else Path(path) for path in (self.root, self.exclude))
+
     def check(self) -> None:
         """Raise DataError, naming the key, for values that no source can use."""
         for key, pair in (("scale", self.scale), ("ratio", self.ratio)):
