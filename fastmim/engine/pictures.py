@@ -1,7 +1,8 @@
 """Reconstruction pictures: one row an image, original | masked | reconstruction."""
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fastmim.methods import Pictures
+
+logger = logging.getLogger(__name__)
 
 _ROWS = 8
 _SMALLEST_SIDE = 96  # smaller images are enlarged by a whole factor
@@ -42,6 +45,17 @@ def picture_grid(pictures: Pictures, mean: Sequence[float], std: Sequence[float]
         for r, pixels in enumerate(column.repeat(factor, axis=1).repeat(factor, axis=2)):
             top, left = r * (height + _GAP), c * (width + _GAP)
             grid[top : top + height, left : left + width] = pixels
+    return grid
+
+
+def draw(path: Path, pictures: Callable[[], Pictures], mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Compute the pictures of a step and write them to `path`; a disk that refuses is a warning. Returns the grid."""
+    with torch.no_grad():
+        grid = picture_grid(pictures(), mean, std)
+    try:
+        save_picture(path, grid)
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, error.strerror)
     return grid
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastmim.data import Loader, normalise
+from fastmim.data import Loader
 from fastmim.data.loader_states import state_of
 from fastmim.engine.capture import WARMUP, WARMUP_DDP, CudaGraphs, GraphedStep, why_no_graph
 from fastmim.engine.compiling import compile_blocks
@@ -23,9 +22,10 @@ from fastmim.engine.fit_result import FitResult, Interval
 from fastmim.engine.fully_sharded import FullySharded, choose_parallel
 from fastmim.engine.health import FiniteWatch
 from fastmim.engine.injector import inject
+from fastmim.engine.inputs import ToDevice
 from fastmim.engine.metrics import MetricsFile
 from fastmim.engine.optimizer import create_optimizer, set_lr, set_weight_decay
-from fastmim.engine.pictures import picture_grid, save_picture
+from fastmim.engine.pictures import draw
 from fastmim.engine.precision import choose_device, choose_precision
 from fastmim.engine.progress import create_progress
 from fastmim.engine.rng import make_deterministic, rng_states, seed_step, set_rng_states
@@ -93,7 +93,7 @@ class Trainer:
         torch.backends.cudnn.benchmark = not engine.deterministic  # shapes never change
         if engine.deterministic:
             make_deterministic()
-        self._mean_std = [torch.tensor(values, dtype=torch.float32, device=self.device) for values in (mean, std)]
+        self.to_device = ToDevice(self.device, mean, std)
         self.method = method.to(self.device).train()
         if engine.sync_bn:
             synchronise_batch_norms(self.method)
@@ -156,13 +156,7 @@ class Trainer:
             tell_of_local_statistics(self.method)
         logger.info(
             "%s, %s (%s), batch size %d, peak learning rate %.3g, %d steps (%.4g epochs)",
-            self.device,
-            self.precision,
-            why,
-            batch_size,
-            peak,
-            total_steps,
-            total_steps / steps_per_epoch,
+            *(self.device, self.precision, why, batch_size, peak, total_steps, total_steps / steps_per_epoch),
         )
 
     def _runner(self) -> TrainStep | GraphedStep:
@@ -244,28 +238,14 @@ class Trainer:
         set_lr(self.optimizer, self.schedule.lr(step))
         set_weight_decay(self.optimizer, self.schedule.weight_decay(step))
         done = step + 1
-        draw = done == self.total_steps or bool(self.pictures_every and done % self.pictures_every == 0)
-        draw &= self.world.is_main
+        wanted = done == self.total_steps or bool(self.pictures_every and done % self.pictures_every == 0)
         self.watchdog.at(step + 1, "training")
-        output = self.do_step(
-            self._normalised(raw.images),
-            self._moved(raw.labels),
-            self._moved(raw.indices),
-            step,
-            views={name: self._normalised(view) for name, view in raw.views.items()},
-            pictures=draw,
-        )
+        images, labels, indices, views = self.to_device(raw)
+        output = self.do_step(images, labels, indices, step, views=views, pictures=wanted and self.world.is_main)
         self.data_wait.end()
         self.result.step += 1
         self.result.steps += 1
         return output
-
-    def _moved(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self.device, non_blocking=True)
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        images = images.to(self.device, non_blocking=True)
-        return normalise(images, *self._mean_std) if images.dtype == torch.uint8 else images
 
     def _read(self, output: StepOutput, interval: Interval) -> dict[str, Any]:
         """The line of a logged step, over all processes: the one place where the host waits for the device."""
@@ -294,15 +274,9 @@ class Trainer:
 
     def _draw(self, pictures: Callable[[], Pictures], board: TensorBoard) -> None:
         step = self.result.step
-        with torch.no_grad():
-            grid = picture_grid(pictures(), self.mean, self.std)
         path = self.run.pictures / f"step-{step:08d}.png"
-        try:
-            save_picture(path, grid)
-            self.result.picture = path
-        except OSError as error:
-            logger.warning("%s cannot be written: %s", path, error.strerror)
-        board.picture("reconstruction", grid, step)
+        board.picture("reconstruction", draw(path, pictures, self.mean, self.std), step)
+        self.result.picture = path if path.exists() else self.result.picture
 
     def _stopped(self, asked: signal.Signals) -> Interrupted:
         """Save, and say how to go on."""
