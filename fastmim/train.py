@@ -76,12 +76,14 @@ def rehearse(cfg: TrainConfig) -> None:
     place = choose_place(cfg)
     try:
         source, method = build(cfg)
+        choice = choose(cfg, None, source)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     steps_per_epoch = max(1, len(source) // cfg.batch_size)
     steps, rate = cfg.total_steps(steps_per_epoch), cfg.optim.peak_lr(cfg.batch_size)
     print(*introduction(cfg, place, source, method), sep="\n")
     print(f"batch size {cfg.batch_size}, peak learning rate {rate:.3g}, {steps} steps of {steps_per_epoch} an epoch")
+    print(f"images are read by {choice.name}" + (f": {choice.reason}" if choice.reason else ""))
     print("Nothing was trained or written (dry_run).")
 
 
@@ -108,13 +110,13 @@ def build(cfg: TrainConfig) -> tuple["Source", "Method"]:
     return source, create_method(cfg.method_name, encoder, cfg.method, cfg.size)
 
 
-def device_of(cfg: TrainConfig, world: World) -> "torch.device":
+def device_of(cfg: TrainConfig, world: World | None) -> "torch.device":
     from fastmim.engine.precision import choose_device
 
-    return choose_device(cfg.engine.device, world.local_rank if world.size > 1 else None)
+    return choose_device(cfg.engine.device, world.local_rank if world is not None and world.size > 1 else None)
 
 
-def choose(cfg: TrainConfig, world: World, source: "Source") -> "Choice":
+def choose(cfg: TrainConfig, world: World | None, source: "Source") -> "Choice":
     """What reads the images."""
     from fastmim.data.choice import choose_pipeline
 

@@ -121,12 +121,13 @@ def test_starts_anywhere_and_goes_on_from_a_state(class_folder):
     assert state["pipeline"] == "dali cpu"
 
 
-def test_ranks_share_the_batch(class_folder):
+def test_ranks_share_the_batch_from_any_step(class_folder):
     whole = batches(class_folder)
-    parts = [batches(class_folder, rank=rank, world_size=2) for rank in range(2)]
-    for batch, *halves in zip(whole, *parts, strict=True):
-        for number, tensor in enumerate(tensors(batch)):
-            assert torch.equal(torch.cat([tensors(half)[number] for half in halves]), tensor)
+    for start in (0, 2):
+        parts = [batches(class_folder, steps=3 - start, rank=r, world_size=2, start_step=start) for r in range(2)]
+        for batch, *halves in zip(whole[start:], *parts, strict=True):
+            for number, tensor in enumerate(tensors(batch)):
+                assert torch.equal(torch.cat([tensors(half)[number] for half in halves]), tensor)
 
 
 def test_a_batch_stays_as_it_was_given(class_folder):
