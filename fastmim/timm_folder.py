@@ -94,6 +94,9 @@ def _imagenet(channels: int, values: tuple[float, ...]) -> list[float]:
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside `path`, then take its place; a file that could not be completed is removed."""
+    for left in path.parent.glob(f".tmp-{path.name}-*"):
+        if not Path("/proc", left.name.rpartition("-")[2]).exists():  # its export was killed
+            left.unlink(missing_ok=True)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         write(temporary)

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,3 +13,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = train(out)
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture
+def finished(tmp_path: Path, unbroken: Path) -> Path:
+    """A copy of it, to be changed and gone on with."""
+    return shutil.copytree(unbroken, tmp_path / "run")
