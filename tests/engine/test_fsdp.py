@@ -36,6 +36,7 @@ class Case:
     size: int = 32
     sync_bn: bool = False
     lr: float = 1e-3
+    precision: str = "fp32"
 
 
 CASES = {
@@ -51,6 +52,7 @@ CASES = {
     "spark": Case("spark", "resnet18", {"decoder_width": 32}, kwargs={}, size=64, lr=1e-5),
     "fcmae": Case("fcmae", "convnextv2_atto", {"decoder_dim": 32}, kwargs={}, size=64),
     "mixedae": Case("mixedae", settings={"decoder_depth": 3}),
+    "bf16": Case("mae", precision="bf16"),
     "accumulate-clip": Case("mae", optim={"accumulate": 2, "clip_grad_norm": 0.5}),
     "per-tensor": Case("mae", optim={"clip_grad_norm": 0.1, "clip_mode": "per_tensor"}),
     "lamb": Case("simmim", optim={"name": "lamb", "weight_decay": 0.1}),
@@ -80,7 +82,7 @@ def train(case, rank=0, size=1, spoil=-1):
         method,
         optimizer,
         optim,
-        precision="fp32",
+        precision=case.precision,
         device=CPU,
         seed=5,
         micro_batch=share // optim.accumulate,
@@ -144,14 +146,15 @@ def read(folder, name):
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_make_the_steps_of_one(pair, name):
     (alone, tensors), (both, spread) = train(CASES[name]), pair(name)
-    torch.testing.assert_close(both, alone, rtol=2e-4, atol=1e-6)
-    assert both[0, 1] == pytest.approx(float(alone[0, 1]), rel=1e-5), "the norm over all rows"
+    exact = CASES[name].precision == "fp32"
+    torch.testing.assert_close(both, alone, rtol=2e-4 if exact else 2e-2, atol=1e-6)
+    assert both[0, 1] == pytest.approx(float(alone[0, 1]), rel=1e-5 if exact else 1e-2), "the norm over all rows"
     assert spread.keys() == tensors.keys()
     for group, expected in tensors.items():
         assert spread[group].keys() == expected.keys(), "a parameter without a gradient has no state"
         for key, tensor in expected.items():
             assert spread[group][key].shape == tensor.shape, key
-            if group == "method":  # Adam turns a tiny gradient's rounding into a step
+            if group == "method" and exact:  # Adam turns a tiny gradient's rounding into a step
                 torch.testing.assert_close(spread[group][key], tensor, rtol=1e-2, atol=2e-3, msg=key)
 
 
