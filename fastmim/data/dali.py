@@ -95,6 +95,7 @@ class DaliBatches:
             except queue.Empty:
                 _log.warning("still waiting for the next batch of DALI")
         if isinstance(batch, WorkerError):
+            self._done.put(batch)  # for whoever asks again
             raise batch
         for view in batch.views:
             if view.is_cuda:  # made on another stream

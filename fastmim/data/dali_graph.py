@@ -61,6 +61,8 @@ class Graph:
             "output_type": types.RGB if self.channels == 3 else types.GRAY,
             "jpeg_fancy_upsampling": True,  # on the GPU as libjpeg does it
             "use_fast_idct": False,
+            "adjust_orientation": False,  # only upright images are fed, and damaged EXIF counts as upright
+            "hw_decoder_load": 1.0,  # a share would make pixels depend on what else is in the batch
         }
         writing: dict[str, Any] = {"output_layout": "CHW", "dtype": types.UINT8}
         if self.mean is not None and self.std is not None:

@@ -167,6 +167,18 @@ def test_what_dali_would_convert_by_other_rules_is_made_by_pillow(with_files, ph
         assert equal == [index == 3 for index in one.indices.tolist()]
 
 
+def test_dali_turns_nothing_that_we_count_as_upright(photographs, tmp_path, monkeypatch):
+    """As images do whose EXIF data only we find damaged."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for name, options in (("turned", {"exif": exif}), ("plain", {})):
+        (tmp_path / name).mkdir()
+        photographs["coffee"].resize((160, 120)).save(tmp_path / name / "1.jpg", "JPEG", **options)
+    monkeypatch.setattr(dali_module, "orientation", lambda image: 1)
+    one, two = (batches(tmp_path / name, views=(), steps=1) for name in ("turned", "plain"))
+    assert torch.equal(one[0].images, two[0].images)
+
+
 def broken(jpeg: bytes, how: str) -> bytes:
     """A JPEG whose header Pillow accepts, and whose pixels neither it nor DALI decodes."""
     if how == "tables":  # DALI's message names it
@@ -239,8 +251,10 @@ def test_when_dali_itself_fails_the_run_is_told(class_folder, monkeypatch):
         raise RuntimeError("Critical error\nencountered:\n\nout of everything")
 
     monkeypatch.setattr(Graph, "build", build)
-    with loader_of(class_folder) as loader, pytest.raises(WorkerError, match=r"out of everything.*pipeline pillow"):
-        next(loader)
+    with loader_of(class_folder) as loader:
+        for _ in range(2):
+            with pytest.raises(WorkerError, match=r"out of everything.*pipeline pillow"):
+                next(loader)
 
 
 def test_the_budget_holds(with_files, damaged):

@@ -15,12 +15,12 @@ VIEWS = (ViewSpec("images", (64, 64)), ViewSpec("small", (32, 32), crop="images"
 ONE_BOX = VIEWS[:2]
 
 
-def loader_of(root, place="gpu", views=VIEWS, start_step=0, **settings):
+def loader_of(root, place="gpu", views=VIEWS, rank=0, world_size=1, start_step=0, **settings):
     cfg = DataConfig(
         **({"root": root, "workers": 2, "output": "uint8", "pipeline": "dali", "dali_device": place} | settings)
     )
     source, device = create_source(cfg), torch.device("cuda", torch.cuda.current_device())
-    return create_loader(source, cfg, (64, 64), 8, 0, start_step=start_step, views=views, device=device)
+    return create_loader(source, cfg, (64, 64), 8, 0, rank, world_size, start_step, views, device)
 
 
 def batches(root, place="gpu", steps=4, **options):
@@ -64,6 +64,14 @@ def test_batches_are_the_same_whatever_runs_ahead_and_from_any_step(class_folder
             batches(class_folder, steps=6 - start, start_step=start, **settings), straight[start:], strict=True
         ):
             assert all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def test_ranks_share_the_batch(class_folder):
+    whole = batches(class_folder)
+    parts = [batches(class_folder, rank=rank, world_size=2) for rank in range(2)]
+    for batch, *halves in zip(whole, *parts, strict=True):
+        for number, tensor in enumerate(tensors(batch)):
+            assert torch.equal(torch.cat([tensors(half)[number] for half in halves]), tensor)
 
 
 def test_unreadable_images_are_replaced_as_on_the_cpu(with_files, damaged):
