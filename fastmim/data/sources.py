@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastmim.data.shards import ShardSource
 
 _log = logging.getLogger("fastmim.data")
+_said: set[str] = set()
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -90,10 +91,11 @@ class Source:
         raise NotImplementedError
 
     def report(self) -> None:
-        """Log the notes, once: those who use the images call it, when logs are written."""
-        notes, self.notes = self.notes, ()
-        for level, words in notes:
-            _log.log(level, words)
+        """Log the notes, each once a process: those who use the images call it, when logs are written."""
+        for level, words in self.notes:
+            if words not in _said:
+                _said.add(words)
+                _log.log(level, words)
 
     def load(self, index: int) -> Image.Image:
         """The image decoded and upright, "RGB" or "L" by `in_chans`."""

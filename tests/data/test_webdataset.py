@@ -252,7 +252,7 @@ class TestDamage:
             assert len(index) >= before
             assert index.offsets[:before].tolist() == [start for start, _ in places[:before]]
 
-    def test_the_warning_names_shard_and_place_each_time(self, shards, samples, caplog):
+    def test_the_warning_names_shard_and_place_each_time(self, shards, samples, caplog, monkeypatch):
         places = write_tar(shards / "train-000001.tar", samples[12:24])
         content = bytearray((shards / "train-000001.tar").read_bytes())
         content[places[4][1] + 10] ^= 255
@@ -260,6 +260,7 @@ class TestDamage:
         (shards / "train-000002.tar").unlink()
         for _ in range(2):  # built, then kept
             caplog.clear()
+            monkeypatch.setattr("fastmim.data.sources._said", set())  # as in another process
             source = create_source(DataConfig(root=shards / "train-{000000..000002}.tar"))
             assert len(source) == 12 + 5
             source.report()

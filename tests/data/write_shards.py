@@ -4,6 +4,7 @@ import io
 import struct
 import tarfile
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from fastmim.data.crc32c import masked_crc32c
@@ -93,9 +94,9 @@ def record(data: bytes) -> bytes:
 def write_tfrecord(path: Path, samples: Sequence[Sample], labelled: bool = True) -> list[int]:
     """A shard; where each record ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ends, content = [], b""
-    for number, (_, image, label) in enumerate(samples):
-        content += record(example(image, label if labelled else None, packed=number % 2 == 0, first=number % 3 == 0))
-        ends.append(len(content))
-    path.write_bytes(content)
-    return ends
+    records = [
+        record(example(image, label if labelled else None, packed=number % 2 == 0, first=number % 3 == 0))
+        for number, (_, image, label) in enumerate(samples)
+    ]
+    path.write_bytes(b"".join(records))
+    return list(accumulate(map(len, records)))
