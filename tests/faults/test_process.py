@@ -41,6 +41,24 @@ def test_kills_in_a_step_in_a_save_and_before_its_rename_leave_the_unbroken_run(
     assert checkpoints(out) == ["step-00000004", "step-00000008", "step-00000012"]
     assert metrics(out) == metrics(unbroken)
     assert_same_weights(out, unbroken)
+    assert (out / "train.log").read_text().count("which ended without releasing it, is taken over") == 3
+
+
+def test_sigterm_while_the_encoder_is_measured_ends_with_75_and_nothing_is_lost(finished, unbroken):
+    """Before training, and after it: then all is saved, and a repeat only measures."""
+    for times, number in enumerate((1, 2), 1):
+        stopped = train(finished, evaluate="true", max_steps=13, inject=f"sigterm@eval={number}")
+        assert stopped.returncode == 75, stopped.stderr
+        assert "Stopped by SIGTERM" in stopped.stderr
+        assert "Traceback" not in stopped.stderr
+        assert ending(finished)["code"] == 75
+        assert len(metrics(finished)) == 11 + times
+    assert checkpoints(finished)[-1] == "step-00000013"
+    done = train(finished, evaluate="true", max_steps=13)
+    assert done.returncode == 0, done.stderr
+    assert "nothing is left to train" in done.stdout
+    assert "knn" in done.stdout
+    assert metrics(finished)[:12] == metrics(unbroken)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, unbroken):
