@@ -71,9 +71,9 @@ def whole(piece: Piece) -> Tensor:
     each = -(-rows // size)
     padded = piece.tensor.new_zeros((each, *piece.shape[1:]))
     padded[: len(piece.tensor)] = piece.tensor
-    gathered = padded.new_empty((size * each, *piece.shape[1:]))
-    dist.all_gather_into_tensor(gathered, padded)
-    return gathered[:rows]
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(parts, padded)
+    return torch.cat(parts)[:rows]
 
 
 def _is_spread(tensor: Tensor) -> bool:

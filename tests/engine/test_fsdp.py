@@ -8,19 +8,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fastmim.engine.background import HostCopies
 from fastmim.engine.capture import why_no_graph
+from fastmim.engine.checkpoint import CheckpointStore
 from fastmim.engine.ema import Ema
 from fastmim.engine.fully_sharded import FullySharded, choose_parallel
 from fastmim.engine.optimizer import create_optimizer, set_lr
 from fastmim.engine.pieces import Piece, local_part, share_of_rows
 from fastmim.engine.settings import EngineConfig, OptimConfig
+from fastmim.engine.sharded_checkpoint import save_sharded
 from fastmim.engine.step import TrainStep
 from fastmim.engine.training_state import TrainingState
 from fastmim.methods import create_method, method_config
 from fastmim.models import create_encoder
+from fastmim.models.norms import synchronise_batch_norms
 from tests.engine.tiny_run import TinyMethod
 
 CPU = torch.device("cpu")
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 STEPS, BATCH = 6, 8
 VIT = {"patch_size": 8, "embed_dim": 36, "depth": 3, "num_heads": 2}
 BEIT = {**VIT, "use_abs_pos_emb": False, "use_rel_pos_bias": True}
@@ -66,15 +71,13 @@ def build(case):
     return create_method(case.method, encoder, config, (case.size, case.size)).train()
 
 
-def train(case, rank=0, size=1, spoil=-1):
-    """Losses, gradient norms, and all tensors at the end, whole."""
-    from fastmim.models.norms import synchronise_batch_norms
-
-    method = build(case)
+def prepare(case, rank=0, size=1, *, spread=False, device=CPU):
+    """The step of one process, and all that it changes."""
+    method = build(case).to(device)
     if case.sync_bn:
         synchronise_batch_norms(method)
     optim = OptimConfig(lr=case.lr, **case.optim)
-    parallel = FullySharded(method) if size > 1 else None
+    parallel = FullySharded(method) if spread or size > 1 else None
     optimizer = create_optimizer(method, optim, add_up=parallel and parallel.add_up)
     ema = Ema(method, 0.9)
     share = BATCH // size
@@ -83,7 +86,7 @@ def train(case, rank=0, size=1, spoil=-1):
         optimizer,
         optim,
         precision=case.precision,
-        device=CPU,
+        device=device,
         seed=5,
         micro_batch=share // optim.accumulate,
         stop=True,
@@ -92,19 +95,29 @@ def train(case, rank=0, size=1, spoil=-1):
         parallel=parallel,
         agree=(lambda flag: dist.all_reduce(flag, dist.ReduceOp.MAX)) if size > 1 else None,
     )
-    state, course = TrainingState(method, optimizer, ema), []
+    return step, TrainingState(method, optimizer, ema)
+
+
+def train(case, rank=0, size=1, spoil=-1, **settings):
+    """Losses, gradient norms, and all tensors at the end, whole."""
+    step, state = prepare(case, rank, size, **settings)
+    rows, course = slice(rank * BATCH // size, (rank + 1) * BATCH // size), []
     for i in range(STEPS):
-        set_lr(optimizer, case.lr)
+        set_lr(step.optimizer, case.lr)
         images = torch.rand(BATCH, 1, case.size, case.size, generator=torch.Generator().manual_seed(i))
         if i == spoil:
             images[-1] = float("nan")
-        output = step(images[rank * share : (rank + 1) * share], None, None, i, pictures=i == STEPS - 1)
+        output = step(images[rows].to(step.device), None, None, i, pictures=i == STEPS - 1)
         loss = output.loss.clone()
         if size > 1:
             dist.all_reduce(loss)
         course.append([float(loss) / size, float(output.grad_norm)])
-    assert output.pictures().reconstruction.shape == (share // optim.accumulate, 1, case.size, case.size)
-    return torch.tensor(course), {k: {n: p.tensor.clone() for n, p in v.items()} for k, v in state.gathered().items()}
+    assert len(output.pictures().reconstruction) == step.micro_batch
+    return torch.tensor(course), copies(state)
+
+
+def copies(state):
+    return {k: {n: p.tensor.cpu().clone() for n, p in v.items()} for k, v in state.gathered().items()}
 
 
 def process(rank, folder):
@@ -165,6 +178,37 @@ def test_a_bad_step_of_one_process_changes_no_row_of_any(pair):
     assert set(counts.values()) == {2}, "steps after it are left out too"
     assert all(bool(t.isfinite().all()) for t in spoilt["method"].values())
     assert not torch.equal(spoilt["method"]["encoder.norm.weight"], clean["method"]["encoder.norm.weight"])
+
+
+@pytest.fixture
+def group_of_one(device):
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_weights_spread_over_one_process_train_as_others_do_and_are_saved(tmp_path, device, group_of_one):
+    """What a machine with a single GPU can show of FSDP, of copies in pinned memory and of sharded checkpoints."""
+    case, where = CASES["mae"], torch.device(device)
+    (_, plain), (_, spread) = train(case, device=where), train(case, spread=True, device=where)
+    exact = {} if device == "cuda" else {"rtol": 0, "atol": 0}
+    for group, expected in plain.items():
+        torch.testing.assert_close(spread[group], expected, **exact)
+
+    _, state = prepare(case, spread=True, device=where)
+    assert state.spread
+    pieces = HostCopies().take(state.shares(0, 1))
+    assert all(p.tensor.is_pinned() == (device == "cuda") for part in pieces.values() for p in part.values())
+    before, store = copies(state), CheckpointStore(tmp_path)
+    save_sharded(store, 6, pieces, {}, rank=0, group=None)
+    with torch.no_grad():
+        for part in state.pieces().values():
+            for piece in part.values():
+                piece.tensor.zero_()
+    state.load(store.newest())
+    for group, expected in before.items():
+        torch.testing.assert_close(copies(state)[group], expected, rtol=0, atol=0)
 
 
 def test_rows_are_dealt_out_as_chunk_does():
