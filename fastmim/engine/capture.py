@@ -208,3 +208,19 @@ class GraphedStep:
 
 def _form(tensor: Tensor | None) -> tuple | None:
     return None if tensor is None else (tensor.shape, tensor.dtype, tensor.stride())
+
+
+def choose_runner(
+    step: TrainStep, wanted: str, *, processes: int = 1, gathers: bool = False
+) -> TrainStep | GraphedStep:
+    """What does the steps of a run, eagerly or as graphs; the log says why where not. Arguments of `why_no_graph`.
+
+    Raises:
+        ValueError: graphs were asked for where they cannot be.
+    """
+    reason = why_no_graph(wanted, step.device, step.optimizer, gathers=gathers)
+    if reason:
+        logger.info("Steps are not captured as graphs: %s.", reason)
+        return step
+    warmup = WARMUP if processes == 1 else WARMUP_DDP
+    return GraphedStep(step, CudaGraphs(step.device), warmup=warmup, must=wanted == "on")

@@ -13,7 +13,7 @@ import torch
 
 from fastmim.data import Loader
 from fastmim.data.loader_states import state_of
-from fastmim.engine.capture import WARMUP, WARMUP_DDP, CudaGraphs, GraphedStep, why_no_graph
+from fastmim.engine.capture import choose_runner
 from fastmim.engine.compiling import compile_blocks
 from fastmim.engine.data_parallel import tell_of_local_statistics
 from fastmim.engine.ema import Ema
@@ -119,7 +119,10 @@ class Trainer:
             agree=world.agree if world.size > 1 else None,
             schedules=self.method.schedules(total_steps, steps_per_epoch),
         )
-        self.do_step = self._runner()
+        if engine.compile:
+            logger.info("torch.compile: %d blocks", compile_blocks(self.method))
+        gathers = isinstance(parallel, FullySharded)
+        self.do_step = choose_runner(self.train_step, engine.graph, processes=world.size, gathers=gathers)
         self.log_every = in_steps(log.every, steps_per_epoch)
         self.pictures_every = in_steps(log.pictures_every, steps_per_epoch)
         self.checkpoint_every = in_steps(engine.checkpoint_every, steps_per_epoch)
@@ -158,18 +161,6 @@ class Trainer:
             "%s, %s (%s), batch size %d, peak learning rate %.3g, %d steps (%.4g epochs)",
             *(self.device, self.precision, why, batch_size, peak, total_steps, total_steps / steps_per_epoch),
         )
-
-    def _runner(self) -> TrainStep | GraphedStep:
-        """What does a step: eagerly, or as a graph."""
-        if self.engine.compile:
-            logger.info("torch.compile: %d blocks", compile_blocks(self.method))
-        gathers = isinstance(self.train_step.parallel, FullySharded)
-        reason = why_no_graph(self.engine.graph, self.device, self.optimizer, gathers=gathers)
-        if reason:
-            logger.info("Steps are not captured as graphs: %s.", reason)
-            return self.train_step
-        must, warmup = self.engine.graph == "on", WARMUP if self.world.size == 1 else WARMUP_DDP
-        return GraphedStep(self.train_step, CudaGraphs(self.device), warmup=warmup, must=must)
 
     def fit(self) -> FitResult:
         """Train up to `total_steps`, from wherever the run stands."""
