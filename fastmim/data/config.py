@@ -20,8 +20,8 @@ class DataConfig:
     root: Path | None = None
     """Folder of images, searched recursively: flat, or one folder per class. Or a .txt or .lst file with a path on
     each line, and after it a label if you like. Or shards: a folder of .tar or TFRecord files, one such file, or a
-    pattern like shards-{000000..000012}.tar. With a `train` folder beside `val`, `valid`,
-    `validation` or `test`, training reads `train` and evaluation the other."""
+    pattern like shards-{000000..000012}.tar. With a `train` folder beside `val`, `valid`, `validation` or `test`,
+    training reads `train` and evaluation the other."""
 
     exclude: Path | None = None
     """File that names images to leave out, one a line, relative to the folder that is read (in shards: shard/key).
