@@ -41,6 +41,8 @@ from fastmim.engine.tensor_file import write_tensors
 
 __all__ = ["ShardedCheckpoint", "save_sharded"]
 
+_SHARED = "sharded checkpoints need a folder that all machines share, engine.checkpoint=plain does not"
+
 
 def save_sharded(
     store: CheckpointStore, step: int, pieces: Pieces, state: Mapping[str, Any], *, rank: int, group: Any
@@ -87,6 +89,8 @@ class ShardedCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, state: dict[str, Any]) -> None:
         super().__init__(path, state, {})
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is not seen by this process; {_SHARED}")
         strange = {file.name for file in self.path.glob("*.safetensors")} - set(self.state["files"])
         if strange:
             raise self._damaged(f"{min(strange)} does not belong to it")
@@ -217,8 +221,7 @@ class _Writer(StorageWriter):
             path = self._folder / file
             if not path.is_file() or path.stat().st_size != facts["bytes"]:
                 raise CheckpointError(
-                    f"{path} of {facts['bytes']} bytes was written by another process and is not seen here: sharded "
-                    f"checkpoints need an --out that all machines share; engine.checkpoint=plain does not"
+                    f"{path} of {facts['bytes']} bytes was written by another process and is not seen here; {_SHARED}"
                 )
         self._store.commit(self._folder, {**self._state, "format": SHARDED, "step": self._step}, files)
 

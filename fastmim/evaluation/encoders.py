@@ -107,7 +107,7 @@ def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], where: str) ->
 def _read(place: Path) -> tuple[RunMeta, Mapping[str, Tensor]]:
     """Facts and weights from a path."""
     if place.is_file():
-        if place.name == "method.safetensors":
+        if place.name.startswith("method") and (place.parent / "state.json").exists():
             return _read_checkpoint(place.parent)
         if place.suffix != ".safetensors":
             raise ValueError(f"{place}: only .safetensors files are read (others can run code when they are loaded)")

@@ -100,7 +100,8 @@ class Method(nn.Module):
     def after_step(self, step: Tensor) -> None:
         """Called after each optimiser step, for averaged teachers and centres. Nothing by default.
 
-        `step` is the step's index, an int64 scalar on the device: the call is part of a captured step.
+        `step` is the step's index, an int64 scalar on the device: the call is part of a captured step. Where weights
+        are spread over processes, parameters are DTensors here: operations between tensors of one shape work on them.
         """
 
     def view_specs(self, img_size: tuple[int, int]) -> tuple[Any, ...]:

@@ -265,6 +265,18 @@ def test_a_hiccup_costs_nothing(tmp_path, monkeypatch, store):
     assert names(store.folder) == ["step-00000001"]
 
 
+def test_a_folder_that_machines_do_not_share_is_said(store, tmp_path, monkeypatch):
+    write, elsewhere = sharded_checkpoint.write_tensors, tmp_path / "other machine"
+    elsewhere.mkdir()
+    monkeypatch.setattr(sharded_checkpoint, "write_tensors", lambda path, *rest: write(elsewhere / path.name, *rest))
+    with pytest.raises(CheckpointError, match="a folder that all machines share"):
+        save(store, 1, tensors())
+    assert store.steps() == []
+    assert not list(store.folder.glob(".tmp-*"))
+    with pytest.raises(CheckpointError, match="a folder that all machines share"):
+        ShardedCheckpoint(tmp_path / "step-00000001", {"files": {}})
+
+
 # Several processes. Each process of a run gets its share of the images that `DrawnLoader` draws.
 
 
