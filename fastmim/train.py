@@ -41,9 +41,12 @@ def train(cfg: TrainConfig, world: World) -> None:
 
     from fastmim.data.choice import Choice
     from fastmim.engine import RunFolder
+    from fastmim.engine.host_memory import keep_freed_memory
     from fastmim.evaluation import load_encoder
 
     try:
+        if device_of(cfg, world).type == "cpu":
+            keep_freed_memory()
         world.share(cfg.batch_size, cfg.optim.accumulate, getattr(cfg.method, "group_size", 1))
         source, method = build(cfg)
         choice = Choice(**world.from_main(lambda: choose(cfg, world, source).to_dict()))
