@@ -1,7 +1,8 @@
-"""Kill -9 a training run at fifty random moments; after each, the newest checkpoint must be whole.
+"""Kill -9 a training run at random moments; after each, the newest checkpoint must be whole.
 
-    python -m tests.faults.random_kills FOLDER
+    python -m tests.faults.random_kills FOLDER plain|sharded ROUNDS
 
+Sharded checkpoints are written by a thread while training goes on.
 Each round is a forked child of this process, which has imported everything and computed nothing, so rounds are short.
 """
 
@@ -15,20 +16,20 @@ from pathlib import Path
 import torch
 import torch._dynamo  # the optimiser would import it in every child, for seconds
 
+import fastmim.engine.sharded_checkpoint  # noqa: F401  (likewise)
 from fastmim.engine.checkpoint import CheckpointStore, read_checkpoint
 from tests.engine.tiny_run import read_metrics, tiny_run
 
-ROUNDS, TOTAL = 50, 100_000
-SETTINGS = {"total": TOTAL, "engine": {"checkpoint_every": 1, "device": "cpu", "precision": "fp32"}}
+ENGINE = {"checkpoint_every": 1, "device": "cpu", "precision": "fp32"}
 
 
-def train_until_killed(out: Path, seconds_after_start: float) -> None:
+def train_until_killed(out: Path, form: str, seconds_after_start: float) -> None:
     before = newest(out)
     child = os.fork()
     if child == 0:
         try:
             silence()
-            tiny_run(out, **SETTINGS)
+            tiny_run(out, total=100_000, engine={**ENGINE, "checkpoint": form})
         finally:
             os._exit(1)  # not reached by a killed run
     deadline = time.monotonic() + 30
@@ -52,13 +53,13 @@ def newest(out: Path) -> int:
     return int(steps[-1].name.removeprefix("step-")) if steps else 0
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, form: str, rounds: int) -> None:
     torch.set_num_threads(1)
     draw = random.Random(0)
     out = folder / "run"
     torn = 0
-    for _ in range(ROUNDS):
-        train_until_killed(out, draw.uniform(0, 0.03))
+    for _ in range(rounds):
+        train_until_killed(out, form, draw.uniform(0, 0.03))
         torn += any((out / "checkpoints").glob(".tmp-*"))
         for path in CheckpointStore(out / "checkpoints").steps():
             read_checkpoint(path)  # raises if it is not whole
@@ -66,8 +67,8 @@ def main(folder: Path) -> None:
     steps = [line["step"] for line in read_metrics(out) if line["step"] <= done]
     assert steps == list(range(1, done + 1)), "each step once, whatever was repeated"
     assert not any((out / "checkpoints").glob("damaged-*"))
-    print(f"{ROUNDS} kills, {torn} of them inside a save, {done} steps")
+    print(f"{rounds} kills, {torn} of them inside a save, {done} steps")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
