@@ -2,8 +2,9 @@
 
 Starts the real training command on a folder of JPEGs, with data workers, checkpoints, pictures and TensorBoard, and
 looks every few seconds at all of its processes: memory, open files, threads, and how fast it is. What grows, leaks. The
-figures are those of the second half, when everything has been done at least once: how much a straight line through
-the samples rises over that time, in per cent of their mean. Ctrl-C at the end, as a person would.
+figures are those of the second half, when everything has been done at least once: how much a straight line rises over
+that time, in per cent of the mean. Memory goes up and down within each step, so the line is laid through the highest
+looks of twenty equal parts of that time, and through their mean speed. Ctrl-C at the end, as a person would.
 
 Options after -- are those of python -m fastmim.train.
 """
@@ -43,6 +44,7 @@ RUN = {
 }
 WATCHED = ("memory_mb", "largest_mb", "files", "threads", "processes", "images_per_second")
 MAY_NOT_GROW = ("memory_mb", "largest_mb", "files", "threads", "processes")
+_PARTS, _LEAST = 20, 4  # parts of the second half, and how many looks one has
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.partition(":")[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, after its first step")
-    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks")
+    parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="between two looks")
     parser.add_argument("--limit", type=float, default=1.0, metavar="PERCENT", help="growth that counts as flat")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
     options = parser.parse_args(words[:cut])
@@ -152,13 +154,14 @@ def losses(steps: list[dict[str, Any]]) -> list[float]:
 
 
 def rise(samples: list[dict[str, float]], name: str) -> float:
-    """Per cent that a straight line through the second half of the samples rises over that time."""
-    half = samples[len(samples) // 2 :]
-    if len(half) < 3:
+    """Per cent by which it grows over the second half, along a straight line."""
+    half = np.array([sample[name] for sample in samples[len(samples) // 2 :]])
+    if len(half) < _LEAST:
         return float("nan")
-    seconds, values = (np.array([sample[key] for sample in half]) for key in ("seconds", name))
-    slope = np.polyfit(seconds, values, 1)[0]
-    return round(float(100 * slope * (seconds[-1] - seconds[0]) / values.mean()), 2)
+    parts = np.array_split(half, min(_PARTS, len(half) // _LEAST + 1))
+    values = np.array([part.mean() if name == "images_per_second" else part.max() for part in parts])
+    slope = np.polyfit(np.linspace(0, 1, len(values)), values, 1)[0] if len(values) > 1 else 0.0
+    return round(float(100 * slope / values.mean()), 2)
 
 
 def show(

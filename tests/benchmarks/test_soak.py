@@ -1,5 +1,7 @@
 """The soak: what it looks at, and that it can tell growth from none."""
 
+import math
+
 import pytest
 
 from benchmarks import soak
@@ -9,10 +11,13 @@ TINY = ["--model.patch_size=16", '--model.kwargs={"depth": 1, "embed_dim": 24}',
 
 
 def test_a_rise_is_that_of_the_second_half():
-    flat = [{"seconds": float(t), "files": 40.0 if t > 4 else 3.0} for t in range(20)]
+    flat = [{"files": 40.0 if t > 4 else 3.0} for t in range(200)]
     assert soak.rise(flat, "files") == 0
-    leaking = [{"seconds": float(t), "files": 100.0 + t} for t in range(20)]
-    assert soak.rise(leaking, "files") == pytest.approx(100 * 9 / 114.5, abs=0.01)
+    leaking = [{"files": 100.0 + 0.1 * t} for t in range(200)]
+    assert soak.rise(leaking, "files") == pytest.approx(100 * 10 / 115, abs=0.5)
+    up_and_down = [{"memory_mb": 500.0 + 50 * (t * 7 % 10 > 4)} for t in range(200)]
+    assert abs(soak.rise(up_and_down, "memory_mb")) < 0.5
+    assert math.isnan(soak.rise(flat[:3], "files")), "too short to tell"
 
 
 def test_bars_go_from_the_least_to_the_most():
