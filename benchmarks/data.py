@@ -38,9 +38,9 @@ def load_rows(setting: Setting, ways: Sequence[Way], views: int, output: str) ->
     """Every way, and the plain way with as many workers."""
     numbers = sorted({way.workers for way in ways})
     specs = setting.views(views)
-    samples = [loading(setting, partial(ours, setting, way, views, output)) for way in ways]
+    samples = [loading(setting, partial(ours, setting, way, views, output), way.workers) for way in ways]
     samples += [
-        loading(setting, partial(plain_loader, setting.folder, specs, output, setting.batch_size, number))
+        loading(setting, partial(plain_loader, setting.folder, specs, output, setting.batch_size, number), number)
         for number in numbers
     ]
     taken = interleaved(samples, setting.rounds)
@@ -64,7 +64,7 @@ def training_rows(setting: Setting, ways: Sequence[Way], method_name: str, model
     samples = [stepping(setting, step, images)]
     for way in ways:
         start = partial(ours, setting, way, 1, output)
-        samples += [loading(setting, start), training(setting, start, step, waits[way])]
+        samples += [loading(setting, start, way.workers), training(setting, start, step, waits[way])]
     alone, *others = interleaved(samples, setting.rounds)
     case = f"{model} {setting.side}px B{setting.batch_size}"
     yield row_of(setting, method_name, case, "step", precision, None, alone)

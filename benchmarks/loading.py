@@ -58,19 +58,24 @@ def ours(setting: Setting, way: Way, views: int, output: Any) -> Any:
     return create_loader(create_source(cfg), cfg, size, setting.batch_size, 0, views=specs, device=setting.device)
 
 
-def loading(setting: Setting, start: Callable[[], Any]) -> Sample:
-    """The time of a batch, from a loader in full swing."""
+def loading(setting: Setting, start: Callable[[], Any], workers: int) -> Sample:
+    """The time of a batch, from a loader in full swing.
+
+    Where each worker makes whole batches, as many as there are workers come at a time: whole turns are counted.
+    """
+    turn = max(1, workers)
 
     def sample() -> float:
         loader = start()
         batches = iter(loader)
         try:
-            for _ in range(3):
+            for _ in range(max(3, 2 * turn)):
                 next(batches)
             done, began = 0, time.perf_counter()
             while done < 2 or time.perf_counter() - began < setting.seconds:
-                next(batches)
-                done += 1
+                for _ in range(turn):
+                    next(batches)
+                done += turn
             return (time.perf_counter() - began) / done * 1e3
         finally:
             if hasattr(loader, "close"):

@@ -62,7 +62,7 @@ def choose_pipeline(source: Source, cfg: DataConfig, training: Device = "cpu") -
     if share < _MOSTLY:
         return Choice("pillow", reason=f"{share:.0%} of the images are JPEGs, and DALI reads no others")
     if training == "cpu" or cfg.dali_device == "cpu":
-        return Choice("pillow", reason="on CPUs DALI is no faster than Pillow in worker processes")
+        return Choice("pillow", reason="on CPUs Pillow in worker processes is faster than DALI")
     reason = _why_no_dali("gpu")
     if reason:
         hint = f"; {_HINT}" if "not installed" in reason and len(source) >= _MANY else ""
