@@ -51,7 +51,7 @@ class Saver:
     def holds(self, step: int) -> bool:
         """Whether the newest checkpoint is that of `step`. Called by all processes."""
         if self._step == step:
-            self._settle(must=False)
+            self._settle(forgive=True)
         return not self.world.any(self.newest != self.store.path_of(step))
 
     def save(self, step: int, course: Mapping[str, Any], *, must: bool) -> None:
@@ -84,12 +84,12 @@ class Saver:
 
     def _do(self, step: int, write: Callable[[bool], Job], must: bool) -> None:
         """Save, now or beside training, once the save before is done. `write(copy)` gives what is to be run."""
-        self._settle(must=False)
+        self._settle(forgive=must)  # this save is still to be tried
         self._step = step
         beside = self.beside and not must
         self._job.start(write(beside), beside=beside)
         if not beside:
-            self._settle(must)
+            self._settle(must=must)
 
     def _write_part(self, step: int, state: Mapping[str, Any], copy: bool) -> Job:
         from fastmim.engine.sharded_checkpoint import save_sharded
@@ -103,8 +103,8 @@ class Saver:
         tensors = {group: {name: p.tensor for name, p in part.items()} for group, part in pieces.items()}
         return lambda: self.store.save(step, tensors, state)
 
-    def _settle(self, must: bool) -> None:
-        """Wait for the save under way, if any, and face what became of it."""
+    def _settle(self, *, must: bool = False, forgive: bool = False) -> None:
+        """Wait for the save under way, if any, and face what became of it; `forgive`: not the end of the run."""
         result = self._job.wait()
         if result is None:
             return
@@ -117,7 +117,7 @@ class Saver:
         newest = self.newest or "none yet"
         if self.world.is_main:
             logger.error("No checkpoint at step %d: %s (the newest is %s)", self._step, result.strerror, newest)
-        if must or self._failed >= _FAILED_SAVES:
+        if must or (self._failed >= _FAILED_SAVES and not forgive):
             full = DiskFullError(
                 f"Checkpoints cannot be written to {self.store.folder}: {result.strerror}. The newest is {newest}; "
                 f"free some space and repeat the command with --resume auto."

@@ -240,6 +240,22 @@ def test_a_full_disk_ends_a_run_that_saves_beside_training_after_three(tmp_path,
     assert names(tmp_path / "checkpoints") == ["step-00000004"]
 
 
+@pytest.mark.parametrize("form", ["plain", "sharded"])
+def test_the_last_save_is_tried_whatever_became_of_those_before(tmp_path, monkeypatch, form):
+    module, calls = sharded_checkpoint if form == "sharded" else checkpoint_module, []
+    write = module.write_tensors
+
+    def full_at_first(*arguments):
+        calls.append(arguments)
+        if len(calls) <= 3:  # the first file of steps 4, 8 and 12
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*arguments)
+
+    monkeypatch.setattr(module, "write_tensors", full_at_first)
+    tiny_run(tmp_path, total=14, engine={"checkpoint": form, "async_save": "on"})
+    assert names(tmp_path / "checkpoints") == ["step-00000014"]
+
+
 def test_a_disk_that_is_full_at_the_end_is_an_error_at_once(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -328,6 +344,7 @@ def in_two(world, base):
     run_with(world, base / "fsdp-plain", {**FSDP, "checkpoint": "plain"}, stop=6)
     run_with(world, base / "ddp-sharded", SHARDED, stop=6)
     run_with(world, base / "ddp-plain", {"ema": 0.9}, stop=6)
+    run_with(world, base / "ddp-beside", {"ema": 0.9, "async_save": "on"})
     for form in ("plain", "sharded"):
         for name, engine in (("fsdp", FSDP), ("ddp", {"ema": 0.9})):
             place = base / f"one-{form}" / "checkpoints" / "step-00000004"
@@ -382,6 +399,8 @@ def test_resuming_with_as_many_processes_is_bitwise_the_unbroken_run(runs):
 def test_both_formats_hold_the_same(runs):
     assert_same(saved(runs / "fsdp-plain", 4).tensors, saved(runs / "whole", 4).tensors)
     assert_same(saved(runs / "ddp-sharded", 4).tensors, saved(runs / "ddp-plain", 4).tensors)
+    assert_same(saved(runs / "ddp-beside", 4).tensors, saved(runs / "ddp-plain", 4).tensors)
+    assert names(runs / "ddp-beside" / "checkpoints")[-1] == "step-00000012"
 
 
 @pytest.mark.slow
