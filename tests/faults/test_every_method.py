@@ -1,4 +1,4 @@
-"""Row 7 for every method: a run that is cut off and resumed is the unbroken one bit for bit, read by Pillow.
+"""Row 7 for every method: a run that is cut off and resumed is the unbroken one bit for bit.
 
 Within this process, because a start of the command costs seconds; tests/faults/test_process.py has it with kills.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastmim.data.dali_trial import why_not
 from fastmim.engine.checkpoint import read_checkpoint
 from fastmim.methods import list_methods
 from fastmim.train import main
@@ -36,9 +37,10 @@ class CutOff(Exception):
     pass
 
 
-def words(name: str, root: Path, out: Path) -> list[str]:
+def words(name: str, pipeline: str, root: Path, out: Path) -> list[str]:
     settings = {
         "method": name,
+        "data.pipeline": pipeline,
         **SETTINGS[name],
         "data.root": root,
         "data.workers": 1,
@@ -62,14 +64,18 @@ def result(out: Path):
     return told, read_checkpoint(out / "checkpoints" / "step-00000004").tensors
 
 
+_needs_dali = pytest.mark.skipif(bool(why_not()), reason=why_not() or "DALI is there")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ["pillow", pytest.param("dali", marks=[pytest.mark.dali, _needs_dali])])
 @pytest.mark.parametrize("name", list_methods())
-def test_resuming_is_bitwise_the_unbroken_run(name, tmp_path, jpeg_folder, monkeypatch):
+def test_resuming_is_bitwise_the_unbroken_run(name, pipeline, tmp_path, jpeg_folder, monkeypatch):
     """A method without an entry in SETTINGS fails here: give it one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        main(words(name, jpeg_folder, tmp_path / "whole"))
+        main(words(name, pipeline, jpeg_folder, tmp_path / "whole"))
 
         def cut(where, number=None):
             if (where, number) == ("step", 4):
@@ -78,9 +84,9 @@ def test_resuming_is_bitwise_the_unbroken_run(name, tmp_path, jpeg_folder, monke
 
         monkeypatch.setattr("fastmim.engine.trainer.inject", cut)
         with pytest.raises(CutOff):
-            main(words(name, jpeg_folder, tmp_path / "broken"))
+            main(words(name, pipeline, jpeg_folder, tmp_path / "broken"))
         monkeypatch.undo()
-        main(words(name, jpeg_folder, tmp_path / "broken"))
+        main(words(name, pipeline, jpeg_folder, tmp_path / "broken"))
     finally:
         torch.set_num_threads(threads)
     assert "Resumed from" in (tmp_path / "broken" / "train.log").read_text()
