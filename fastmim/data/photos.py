@@ -1,8 +1,8 @@
 """A small folder of real photographs, without a download: `python -m fastmim.data.photos DIR`.
 
-Cuts each of the 17 photographs that scikit-image and scikit-learn bring along into 4 x 4 regions, which share no
-pixel, and writes them to DIR/NAME/ROW_COLUMN.png: 272 images of 17 classes, for `--data.root DIR`. Files of these names
-are replaced.
+Cuts each of the 17 photographs that scikit-image and scikit-learn bring along, at no more than 512 pixels a side, into
+4 x 4 regions, which share no pixel, and writes them to DIR/NAME/ROW_COLUMN.png: 272 images of 17 classes for
+`--data.root DIR`. Files of these names are replaced.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from PIL import Image
 from fastmim.data.errors import DataError
 
 REGIONS = 4  # a side
+SIDE = 512  # of a photograph, at most
 _SCIKIT_IMAGE = (
     "astronaut", "brick", "camera", "cell", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field",
     "immunohistochemistry", "moon", "retina", "rocket",
@@ -23,7 +24,7 @@ _SCIKIT_LEARN = ("china", "flower")
 
 
 def photographs() -> dict[str, Image.Image]:
-    """Name -> photograph in colour, in a fixed order.
+    """Name -> photograph in colour, at most SIDE pixels high and wide, in a fixed order.
 
     Raises:
         DataError: a package that brings them is missing.
@@ -39,7 +40,10 @@ def photographs() -> dict[str, Image.Image]:
     pixels = {name: getattr(data, name)() for name in _SCIKIT_IMAGE}
     pixels["motorcycle"] = data.stereo_motorcycle()[0]
     pixels |= {name: load_sample_image(f"{name}.jpg") for name in _SCIKIT_LEARN}
-    return {name: Image.fromarray(pixels[name]).convert("RGB") for name in sorted(pixels)}
+    found = {name: Image.fromarray(pixels[name]).convert("RGB") for name in sorted(pixels)}
+    for photograph in found.values():
+        photograph.thumbnail((SIDE, SIDE))
+    return found
 
 
 def regions(photograph: Image.Image, side: int = REGIONS) -> list[Image.Image]:

@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastmim.layers import FusedBlock, MaskTokenDecoder
 from fastmim.layers.homologous_attention import count_of_ratio, homologous_attention
@@ -158,8 +157,9 @@ class MixedAE(Method):
         )
         if self.segment_embed is not None:
             # A product with ones and zeros: its gradient adds up in a fixed order on every device.
-            owner = F.one_hot(segments, cfg.group_size).to(self.segment_embed.dtype)
-            tokens = tokens + owner @ self.segment_embed
+            images_of_group = torch.arange(cfg.group_size, device=segments.device)
+            owner = segments.unsqueeze(-1) == images_of_group  # F.one_hot reads values back to the host
+            tokens = tokens + owner.to(self.segment_embed.dtype) @ self.segment_embed
 
         def run_block(index: int, block: nn.Module, x: Tensor) -> Tensor:
             assert isinstance(block, FusedBlock)

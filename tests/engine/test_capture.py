@@ -83,7 +83,7 @@ def test_twenty_replayed_steps_are_the_eager_ones(name, decay_end):
     assert int(captured.index) == 20
 
 
-@pytest.mark.parametrize("method_name", ["mae", "simmim", "a2mim", "fcmae"])
+@pytest.mark.parametrize("method_name", ["mae", "simmim", "a2mim", "mixedae", "fcmae"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_methods_can_be_captured(method_name, precision):
     model = "convnextv2_atto" if method_name == "fcmae" else "vit_tiny_patch16_224"
