@@ -21,8 +21,10 @@ def why_not(device: Literal["cpu", "gpu"] = "cpu") -> str:
     """Empty where DALI works on `device`, else the reason."""
     try:
         import nvidia.dali  # noqa: F401
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return f"DALI is not installed ({error}): {INSTALL}"
+    except Exception as error:  # libraries that it needs
+        return f"DALI cannot be imported: {gist(error)}"
     if device == "cpu":
         return ""
     if not torch.cuda.is_available():

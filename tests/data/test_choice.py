@@ -1,5 +1,6 @@
 """What `data.pipeline` and `data.dali_device` come to, with machines that are pretended."""
 
+import builtins
 import io
 import logging
 
@@ -77,6 +78,28 @@ def test_only_who_would_gain_is_told_to_install_dali(machine, jpeg_folder, monke
     assert "install" not in choose(jpeg_folder, "cpu").reason
     monkeypatch.setattr(choice_module, "_MANY", 24)
     assert choose(jpeg_folder, "gpu").reason == f"{MISSING}; with it, images are decoded on the GPU"
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (
+            ModuleNotFoundError("No module named 'nvidia'"),
+            "DALI is not installed (No module named 'nvidia'): pip install",
+        ),
+        (OSError("libnvjpeg.so: cannot open"), "DALI cannot be imported: libnvjpeg.so: cannot open"),
+    ],
+)
+def test_an_import_that_fails_is_a_reason(monkeypatch, error, words):
+    original = builtins.__import__
+
+    def importing(name, *arguments):
+        if name == "nvidia.dali":
+            raise error
+        return original(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", importing)
+    assert dali_trial.why_not().startswith(words)
 
 
 def test_the_choice_is_one_line_in_the_log(machine, jpeg_folder, caplog):
