@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 
+from fastmim.data import RawBatch
 from fastmim.engine import NonFiniteError, OptimConfig
 from fastmim.engine import step as step_module
 from fastmim.engine.checkpoint import read_checkpoint
 from fastmim.engine.ema import Ema
+from fastmim.engine.inputs import ToDevice
 from fastmim.engine.optimizer import create_optimizer, set_lr
 from fastmim.engine.step import TrainStep
 from tests.engine.tiny_run import BATCH, SIZE, DrawnLoader, TinyMethod, read_metrics, tiny_run
@@ -44,6 +46,24 @@ def test_a_step_never_waits_for_the_host(clip_mode, precision):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert int(step.bad_steps) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_moving_a_batch_to_the_device_never_waits_for_it(dtype):
+    device = torch.device("cuda", 0)
+    to_device = ToDevice(device, [0.5] * 3, [0.25] * 3)
+    raw = RawBatch(
+        torch.randint(256, (BATCH, 3, SIZE, SIZE)).to(dtype), torch.arange(BATCH), torch.arange(BATCH), 0, {}
+    )
+    to_device(raw)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        moved = to_device(raw)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = (raw.images / 255 - 0.5) / 0.25 if dtype == torch.uint8 else raw.images
+    torch.testing.assert_close(moved.images.cpu(), expected)
+    assert moved.labels.tolist() == list(range(BATCH))
 
 
 def test_a_late_look_still_finds_weights_as_they_were(tmp_path, monkeypatch):
