@@ -18,14 +18,14 @@ class SpikeWatch:
     """Compares each logged loss with the median of the logged ones before it.
 
     Args:
-        metrics: the metrics.jsonl of the run, whose last lines are the past of one that is resumed; None: no past.
+        metrics: the metrics.jsonl of the run, whose last lines are the past of one that is resumed.
     """
 
-    def __init__(self, metrics: Path | None = None) -> None:
+    def __init__(self, metrics: Path) -> None:
         self.count = 0  # spikes since the start of the run
         self._before: deque[float] = deque(maxlen=_WINDOW)
         self._spiked = False
-        if metrics is not None and metrics.exists():
+        if metrics.exists():
             self._remember(metrics.read_text(encoding="utf-8").splitlines()[-2 * _WINDOW :])
 
     def look(self, step: int, loss: float) -> dict[str, int]:

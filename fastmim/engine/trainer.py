@@ -179,7 +179,7 @@ class Trainer:
             if self._resumed is not None:
                 batches.load_state(state_of(self._resumed["data"], self.world.rank, self.world.size))
                 set_rng_states(self._resumed["rng"], self.device)
-            spikes = SpikeWatch(self.run.metrics if main else None)
+            spikes = SpikeWatch(self.run.metrics)
             hint = WaitHint(batches.advice)
             interval = Interval()
             stack.enter_context(self.watchdog)
@@ -195,7 +195,7 @@ class Trainer:
                 if last or step % self.log_every == 0:
                     self.watchdog.at(step, "reading the loss")
                     values = self._read(output, interval)
-                    values |= spikes.look(step, values["loss"])
+                    values |= spikes.look(step, values["loss"]) if main else {}
                     interval = Interval()
                     metrics.write(values)
                     board.scalars(values, step)
