@@ -24,6 +24,7 @@ CNN = {
 RUNS = {
     "mae": PLAIN,
     "mae-ema-clip": {**PLAIN, "optim__accumulate": 2, "engine__ema": 0.9, "optim__clip_grad_norm": 0.5},
+    "mixedae": {**PLAIN, "method": "mixedae"},
     "fcmae": {**CNN, "method": "fcmae", "model": "convnextv2_atto", "method__decoder_dim": 32},
     "a2mim": {**CNN, "method": "a2mim", "model": "resnet18", "engine__sync_bn": True},
     "spark": {**CNN, "method": "spark", "model": "resnet18", "method__decoder_width": 32},
