@@ -53,8 +53,7 @@ def start(
         under: words before the command: of a program that runs it in circumstances of its own.
         module: what is run in place of `fastmim.train`, with its arguments.
     """
-    merged = _SETTINGS | {key.replace("__", "."): value for key, value in settings.items()} | {"out": out}
-    arguments = [f"--{key}={value}" for key, value in merged.items() if value is not None]
+    arguments = words_for(out, **settings)
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     return subprocess.Popen(
         [*under, sys.executable, "-m", *([*launcher, "-m"] if processes > 1 else []), module, *arguments],
@@ -65,6 +64,12 @@ def start(
         text=True,
         start_new_session=True,
     )
+
+
+def words_for(out: Path, **settings: Any) -> list[str]:
+    """The words after the command; settings as for `start`."""
+    merged = _SETTINGS | {key.replace("__", "."): value for key, value in settings.items()} | {"out": out}
+    return [f"--{key}={value}" for key, value in merged.items() if value is not None]
 
 
 def _environment(inject: str = "") -> dict[str, str]:

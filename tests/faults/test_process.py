@@ -112,7 +112,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
 
 @pytest.mark.parametrize("form, rounds", [("plain", 50), ("sharded", 20)])
 def test_kills_at_random_moments_always_leave_a_whole_checkpoint(tmp_path, form, rounds):
-    """Row 2, on a tiny method that saves after each step, so that most kills fall into a save."""
+    """Row 2, on runs that save after each step, so that many kills fall into a save."""
     command = [sys.executable, "-m", "tests.faults.random_kills", str(tmp_path), form, str(rounds)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
