@@ -93,6 +93,25 @@ def test_ctrl_c_on_a_terminal_saves_and_ends_without_a_traceback(tmp_path, jpeg_
     assert "--resume auto" in output + errors
 
 
+def test_a_second_signal_ends_a_run_that_does_not_come_to_its_stop(tmp_path):
+    out = tmp_path / "run"
+    process = start(out, inject="stall@loader=6")
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not ((out / "metrics.jsonl").is_file() and len(metrics(out)) == 5):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 75
+    finally:
+        process.kill()
+        process.communicate()
+    assert checkpoints(out) == ["step-00000004"]
+    assert train(out).returncode == 0
+
+
 def test_a_second_run_on_the_folder_exits_2(tmp_path):
     with RunFolder(tmp_path / "run"):
         second = train(tmp_path / "run")
