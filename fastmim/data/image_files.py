@@ -10,7 +10,6 @@ from PIL import Image
 
 from fastmim.data.config import DataConfig
 from fastmim.data.decode import open_image
-from fastmim.data.errors import DataError
 from fastmim.data.exclusion import excluded
 from fastmim.data.sources import Source
 
@@ -41,21 +40,6 @@ class ImageFiles(Source):
         # One block of bytes instead of a string each: a million names cost little, and forked workers share them.
         self._names = b"".join(names)
         self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-
-    def label_by(self, found: list[str], numbers: NDArray[np.int64], classes: list[str] | None) -> None:
-        """Labels from class `found[numbers[i]]` of image i; `classes` prescribes which number each class has.
-
-        Raises:
-            DataError: a class that `classes` does not have.
-        """
-        self.classes = found if classes is None else classes
-        number = {name: label for label, name in enumerate(self.classes)}
-        strangers = [name for name in found if name not in number]
-        if strangers:
-            raise DataError(
-                f"data.root: {self.name} has classes that the training images do not have: {', '.join(strangers[:5])}."
-            )
-        self.labels = np.array([number[name] for name in found], dtype=np.int64)[numbers]
 
     def __len__(self) -> int:
         return len(self._ends)

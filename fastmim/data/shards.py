@@ -108,15 +108,7 @@ class ShardSource(Source):
         if len(found) < 2 and classes is None:
             self.unlabelled = f"has labels of one class only; k-NN and linear probe need {self.wanted_label}"
             return
-        names = [str(number) for number in found.tolist()]
-        self.classes = names if classes is None else classes
-        number = {name: label for label, name in enumerate(self.classes)}
-        strangers = [name for name in names if name not in number]
-        if strangers:
-            raise DataError(
-                f"data.root: {self.name} has classes that the training images do not have: {', '.join(strangers[:5])}."
-            )
-        self.labels = np.array([number[name] for name in names], dtype=np.int64)[labels]
+        self.label_by([str(number) for number in found.tolist()], labels, classes)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

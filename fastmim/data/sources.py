@@ -86,6 +86,21 @@ class Source:
         """Class number, or None where images have no labels."""
         return None if self.labels is None else int(self.labels[index])
 
+    def label_by(self, found: list[str], numbers: NDArray[np.int64], classes: list[str] | None) -> None:
+        """Labels from class `found[numbers[i]]` of image i; `classes` prescribes which number each class has.
+
+        Raises:
+            DataError: a class that `classes` does not have.
+        """
+        self.classes = found if classes is None else classes
+        number = {name: label for label, name in enumerate(self.classes)}
+        strangers = [name for name in found if name not in number]
+        if strangers:
+            raise DataError(
+                f"data.root: {self.name} has classes that the training images do not have: {', '.join(strangers[:5])}."
+            )
+        self.labels = np.array([number[name] for name in found], dtype=np.int64)[numbers]
+
     def open(self, index: int) -> Image.Image:
         """The image, possibly not decoded yet (see fastmim.data.decode)."""
         raise NotImplementedError

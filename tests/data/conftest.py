@@ -4,6 +4,13 @@ from pathlib import Path
 import pytest
 
 from tests.damaged_images import damaged  # noqa: F401  (a fixture)
+from tests.data.write_shards import Sample, samples_of
+
+
+@pytest.fixture(scope="session")
+def samples(class_folder: Path) -> list[Sample]:
+    """The images of `class_folder` as shards hold them."""
+    return samples_of(class_folder)
 
 
 @pytest.fixture

@@ -9,12 +9,7 @@ import pytest
 from fastmim.data import DataConfig, create_source
 from fastmim.data import shard_index as module
 from fastmim.data.shard_file import ShardError, ShardFile
-from tests.data.write_shards import samples_of, write_tar, write_tfrecord
-
-
-@pytest.fixture(scope="module")
-def samples(class_folder):
-    return samples_of(class_folder)
+from tests.data.write_shards import write_tar, write_tfrecord
 
 
 @pytest.fixture

@@ -21,17 +21,11 @@ from tests.data.write_shards import (
     field,
     int64_list,
     record,
-    samples_of,
     varint,
     write_tfrecord,
 )
 
 SIZE = (32, 32)
-
-
-@pytest.fixture(scope="module")
-def samples(class_folder):
-    return samples_of(class_folder)
 
 
 @pytest.fixture

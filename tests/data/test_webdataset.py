@@ -15,15 +15,10 @@ from fastmim.data import DataConfig, DataError, TrainLoader, create_loader, crea
 from fastmim.data.shard_file import ShardFile
 from fastmim.data.shard_index import NO_LABEL
 from fastmim.data.webdataset import index_tar, split_name
-from tests.data.write_shards import add, samples_of, write_tar
+from tests.data.write_shards import add, write_tar
 
 SIZE = (32, 32)
 PICKLE = b"cos\nsystem\n(S'touch executed'\ntR."  # what a pickle that runs a command looks like
-
-
-@pytest.fixture(scope="module")
-def samples(class_folder):
-    return samples_of(class_folder)
 
 
 @pytest.fixture
